@@ -1,0 +1,150 @@
+"""The denoising loop: performs a schedule, either one rank's list or, in one process, every rank's in turn."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridiff.guidance import discrepancy, guide
+from hybridiff.samplers import Sampler
+from hybridiff.schedule import (
+    DISCREPANCY,
+    GUIDED,
+    Guide,
+    Measure,
+    Operation,
+    Receive,
+    Run,
+    Send,
+    Step,
+    Value,
+    entry,
+    inner,
+    interleave,
+    prediction,
+)
+from hybridiff.strategies import Settings, Strategy
+from hybridiff.switching import Stage, average_fall
+from hybridiff.transport import Shapes, Transport
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture: all that is fixed before its first step and the same on every rank."""
+
+    denoiser: torch.nn.Module  # models.UNet or models.MMDiT
+    cut: Any  # where the denoiser is cut, as its class has it
+    sampler: Sampler
+    conditioning: dict[str, Any]  # "cond" and "uncond" -> UNetConditioning or MMDiTConditioning, batch 1
+    guidance: float
+    noise: Tensor  # (1, C, h, w), unit normal, fp32
+
+    def batch(self, text: str) -> Any:
+        """The conditioning of one text, or of "both" in one batch (uncond first)."""
+        if text != "both":
+            return self.conditioning[text]
+        pairs = zip(self.conditioning["uncond"], self.conditioning["cond"])
+        return type(self.conditioning["cond"])(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+
+    def message(self, value: Value) -> Shapes:
+        """Shapes and dtypes of the tensors that make up a value on its way."""
+        text = self.conditioning["cond"].text  # (1, L, context width), in the network's dtype
+        if value == DISCREPANCY:
+            return [(torch.Size(()), torch.float32)]
+        if value.what == "prediction":
+            return [(self.noise.shape, text.dtype)]
+        leaves_entry, leaves_inner = self.denoiser.crossing(self.noise.shape, text.shape[1], self.cut)
+        return [(shape, text.dtype) for shape in (leaves_entry if value.what == "entry" else leaves_inner)]
+
+
+class Worker:
+    """One rank's side of a picture: its latents, and its store of named values."""
+
+    def __init__(self, rank: int, task: Task, transport: Transport):
+        self.rank, self.task, self.transport = rank, task, transport
+        self.latents = task.sampler.start(task.noise)
+        self.store: dict[Value, Any] = {}
+
+    def run(self, operation: Run, i: int) -> None:
+        """Run a part of the network at step i and keep what it leaves; see `schedule.Run`."""
+        task, net, text = self.task, self.task.denoiser, operation.text
+        conditioning = task.batch(text)
+        t = task.sampler.timesteps[i : i + 1].to(task.noise.device)
+        if operation.part in ("whole", "entry"):
+            x = task.sampler.network_input(self.latents, i).to(conditioning.text.dtype)
+        if operation.part == "whole" and text == "both":
+            both = net(x.repeat(2, 1, 1, 1), t.repeat(2), conditioning)
+            self.store[prediction("uncond")], self.store[prediction("cond")] = both.chunk(2)
+        elif operation.part == "whole":
+            self.store[prediction(text)] = net(x, t, conditioning)
+        elif operation.part == "entry":
+            self.store[entry(text)], self.store[Value("skips", text)] = net.entry(x, t, conditioning, task.cut)
+        elif operation.part == "inner":
+            self.store[inner(text)] = net.inner(self.store[operation.source], t, conditioning, task.cut)
+        else:
+            features, skips = self.store[operation.source], self.store[Value("skips", text)]
+            self.store[prediction(text)] = net.exit(features, skips, t, conditioning, task.cut)
+
+    def perform(self, operation: Operation, i: int) -> None:
+        """Perform one operation of step i."""
+        match operation:
+            case Run():
+                self.run(operation, i)
+            case Send(value, to):
+                content = self.store[value]
+                self.transport.send(value, (content,) if isinstance(content, Tensor) else content, self.rank, to)
+            case Receive(value, source):
+                tensors = self.transport.receive(value, self.task.message(value), source, self.rank)
+                crossed = {"entry": 0, "inner": 1}.get(value.what)
+                self.store[value] = tensors[0] if crossed is None else self.task.denoiser.Features(*tensors)
+            case Measure():
+                self.store[DISCREPANCY] = discrepancy(self.store[prediction("cond")], self.store[prediction("uncond")])
+            case Guide():
+                cond, uncond = self.store[prediction("cond")].float(), self.store[prediction("uncond")].float()
+                self.store[GUIDED] = guide(cond, uncond, self.task.guidance)
+            case Step(along):
+                self.latents = self.task.sampler.step(self.latents, self.store[along].float(), i)
+
+
+class StepRecord(NamedTuple):
+    """What happened in one step, as far as this process saw it."""
+
+    step: int
+    stage: Stage
+    discrepancy: float | None
+    slope: float | None  # the average fall that the switch looks at
+    seconds: float
+    latents: Tensor  # (1, C, h, w) after the step, fp32
+
+
+@torch.inference_mode()
+def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Transport) -> Iterator[StepRecord]:
+    """Make one picture's latents, step by step. The last record's latents are the result.
+
+    With a `Mailbox` all ranks of the strategy are played here; with `Ranks` this process is one of them.
+    """
+    here = range(strategy.ranks) if transport.world == 1 else [transport.rank]
+    workers = {rank: Worker(rank, task, transport) for rank in here}
+    history: list[Tensor | None] = []  # discrepancies; those that decide are the same bits on every rank
+    for i in range(settings.steps):
+        start = time.perf_counter()
+        plan = strategy.plan(i, history, settings)
+        lists = [(rank, plan.operations[rank]) for rank in here]
+        for rank, operation in interleave(lists, lambda receive, rank: transport.arrived(receive.source, rank)):
+            workers[rank].perform(operation, i)
+        first = workers[here[0]]
+        history.append(first.store.pop(DISCREPANCY, None))
+        if task.noise.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        yield record(i, plan.stage, history, settings, seconds, first.latents)
+
+
+def record(i: int, stage: Stage, history: list, settings: Settings, seconds: float, latents: Tensor) -> StepRecord:
+    """The step's record, with the slope where the last `window` discrepancies are known."""
+    window = settings.rule.window
+    known = i >= window and history[i] is not None and history[i - window + 1] is not None
+    fall = average_fall(history, i, window) if known else None
+    return StepRecord(i, stage, None if history[i] is None else float(history[i]), fall, seconds, latents)

@@ -1,0 +1,106 @@
+"""Samplers with the update rule in plain sight: DDIM and Euler for noise predictions, Euler for velocities.
+
+All have the same face: `timesteps` (what the network is told at each step, fp32), `start` (unit noise -> first latents),
+`network_input` and `step`. Latents stay in fp32. Schedules: scaled-linear betas of Stable Diffusion (1000 steps, leading
+spacing, offset 1) and the twice-shifted sigmas of SD3, as in the scheduler configs of the official folders.
+"""
+
+import torch
+from torch import Tensor
+
+from hybridiff.errors import UsageError
+
+TRAINING_STEPS = 1000
+
+
+def alphas_cumprod() -> Tensor:
+    """Cumulative product of 1 - beta, fp32 [1000], betas = linspace(sqrt 0.00085, sqrt 0.012)^2 ("scaled linear")."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAINING_STEPS, dtype=torch.float32) ** 2
+    return (1.0 - betas).cumprod(0)
+
+
+def leading_timesteps(steps: int) -> Tensor:
+    """Integer training steps [steps], noisiest first: multiples of 1000 // steps, plus the official offset of 1."""
+    return (torch.arange(steps) * (TRAINING_STEPS // steps)).flip(0) + 1
+
+
+class DDIM:
+    """Deterministic DDIM (Song et al. 2020, Eq. 12 with eta = 0): predict the clean latents, then noise them less."""
+
+    def __init__(self, steps: int):
+        timesteps, alphas = leading_timesteps(steps), alphas_cumprod()
+        previous = timesteps - TRAINING_STEPS // steps
+        self.alphas = alphas[timesteps]
+        self.next_alphas = torch.where(previous >= 0, alphas[previous.clamp(min=0)], alphas[0])
+        self.timesteps = timesteps.float()
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def network_input(self, latents: Tensor, i: int) -> Tensor:
+        return latents
+
+    def step(self, latents: Tensor, noise: Tensor, i: int) -> Tensor:
+        """Latents of step i and the predicted noise -> latents of step i + 1."""
+        a, a_next = self.alphas[i], self.next_alphas[i]
+        clean = (latents - (1 - a).sqrt() * noise) / a.sqrt()
+        return a_next.sqrt() * clean + (1 - a_next).sqrt() * noise
+
+
+class Euler:
+    """Euler steps of the probability-flow ODE (Karras et al. 2022, Algorithm 2 without churn), sigmas from the betas."""
+
+    def __init__(self, steps: int):
+        timesteps, alphas = leading_timesteps(steps), alphas_cumprod().double()
+        sigmas = ((1 - alphas) / alphas).sqrt()[timesteps]
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+        self.timesteps = timesteps.float()
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise * (self.sigmas[0] ** 2 + 1).sqrt()
+
+    def network_input(self, latents: Tensor, i: int) -> Tensor:
+        return latents / (self.sigmas[i] ** 2 + 1).sqrt()
+
+    def step(self, latents: Tensor, noise: Tensor, i: int) -> Tensor:
+        """Latents of step i and the predicted noise -> latents of step i + 1."""
+        return latents + (self.sigmas[i + 1] - self.sigmas[i]) * noise
+
+
+class FlowEuler:
+    """Euler steps of a rectified flow (Esser et al. 2024): latents = (1 - sigma) * image + sigma * noise."""
+
+    def __init__(self, steps: int, shift: float = 3.0):
+        def shifted(t: Tensor) -> Tensor:
+            return shift * t / (1 + (shift - 1) * t)
+
+        # the grid runs down to an already shifted smallest sigma and is then shifted again (official behaviour)
+        smallest = shifted(torch.tensor(1 / TRAINING_STEPS, dtype=torch.float64)).item()
+        sigmas = shifted(torch.linspace(1.0, smallest, steps, dtype=torch.float64))
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+        self.timesteps = self.sigmas[:-1] * TRAINING_STEPS
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def network_input(self, latents: Tensor, i: int) -> Tensor:
+        return latents
+
+    def step(self, latents: Tensor, velocity: Tensor, i: int) -> Tensor:
+        """Latents of step i and the predicted velocity (noise - image) -> latents of step i + 1."""
+        return latents + (self.sigmas[i + 1] - self.sigmas[i]) * velocity
+
+
+Sampler = DDIM | Euler | FlowEuler
+SAMPLERS = {"sdxl": {"ddim": DDIM, "euler": Euler}, "sd3": {"flow": FlowEuler}}  # by family, the default first
+
+
+def make_sampler(family: str, name: str | None, steps: int) -> Sampler:
+    """The sampler of that name for a family ("sdxl", "sd3"), the family's default where the name is None."""
+    choices = SAMPLERS[family]
+    name = name or next(iter(choices))
+    if name not in choices:
+        raise UsageError(f"--sampler {name} does not fit a {family} checkpoint: choose one of {', '.join(choices)}.")
+    if not 1 <= steps < TRAINING_STEPS:
+        raise UsageError(f"--steps {steps} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
+    return choices[name](steps)

@@ -1,0 +1,140 @@
+"""Bad files end in one sentence: never a traceback, a hang or an unpickling."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from mutations import MUTATIONS, acceptable, outcome
+from official import tensors, write_sparse
+from safetensors.torch import save_file
+from small import random_states, write_folder, write_single
+
+from weights.load import WeightsError, open_checkpoint
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd3"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small whole single file."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return write_single(folder / "m.safetensors", request.param, random_states(request.param, torch.float16))
+
+
+def sentence(path: Path | str, **options) -> str:
+    """What the user reads."""
+    with pytest.raises(WeightsError) as caught:
+        open_checkpoint(str(path), **options)
+    assert acceptable(str(caught.value))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_mutated_files_load_or_say_why_not(mutation, whole: Path, tmp_path: Path):
+    data, rng = whole.read_bytes(), random.Random(0)
+    for i in range(10):
+        path = tmp_path / f"{i}.safetensors"
+        path.write_bytes(mutation(data, rng))
+        assert acceptable(outcome(path))
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"<!DOCTYPE html><html><body>Please log in</body></html>", "web page"),
+    (b"\n  <html>" + b" " * 50, "web page"),
+    (b"PK\x03\x04" + b"\0" * 100, "pickle"),
+    (b"\x80\x02}q\x00X\x05\x00\x00\x00stateq\x01." + b"\0" * 9, "pickle"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ((2**33).to_bytes(8, "little") + b'{"a": 1}', "claims 8,589,934,592"),
+    (b"", "too short"), (b"\0" * 64, "not a safetensors file"),
+])  # fmt: skip
+def test_what_is_no_safetensors_file_is_named(content: bytes, words: str, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert words in sentence(path)
+
+
+def test_a_cut_off_file_says_so(whole: Path, tmp_path: Path):
+    data, path = whole.read_bytes(), tmp_path / "cut.safetensors"
+    for size in (20, 1000, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        assert "cut off" in sentence(path)
+
+
+def test_missing_extra_and_misshaped_tensors_are_listed_together(tmp_path: Path):
+    states = random_states("sd3", torch.float16)
+    denoiser = states["denoiser"]
+    del denoiser["joint_blocks.1.x_block.attn.qkv.bias"]
+    denoiser["joint_blocks.1.x_block.attn.odd"] = torch.zeros(3)
+    denoiser["final_layer.linear.bias"] = torch.zeros(7)
+    denoiser["t_embedder.mlp.0.bias"] = torch.zeros(128, dtype=torch.int64)
+    text = sentence(write_single(tmp_path / "x.safetensors", "sd3", states))
+    for words in ("1 missing (joint_blocks.1.x_block.attn.qkv.bias)", "1 unexpected (joint_blocks.1.x_block.attn.odd)",
+                  "1 mis-shaped (final_layer.linear.bias: [7] instead of [64])", "(t_embedder.mlp.0.bias: I64)"):
+        assert words in text
+
+
+@pytest.mark.parametrize("names, words", [
+    (["lora_unet_down_blocks_0.lora_up.weight"], "LoRA"),
+    (["unet.up_blocks.0.attn1.to_q.lora_A.weight"], "LoRA"),
+    (["control_model.input_hint_block.0.weight"], "ControlNet"),
+    (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "Flux"),
+    (["conditioner.embedders.0.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"], "refiner"),
+    (["first_stage_model.decoder.conv_in.bias"], "autoencoder alone"),
+    (["down_blocks.0.resnets.0.conv1.bias"], "Hugging Face naming"), (["x"], "neither"),
+])  # fmt: skip
+def test_other_kinds_of_file_are_named(names: list[str], words: str, tmp_path: Path):
+    save_file({name: torch.zeros(2) for name in names}, tmp_path / "x.safetensors")
+    assert words in sentence(tmp_path / "x.safetensors")
+
+
+def test_variants_that_would_give_noise_are_refused(tmp_path: Path):
+    states = random_states("sdxl", torch.float16)
+    extra = {"v_pred": torch.zeros(0)}
+    assert "v-prediction" in sentence(write_single(tmp_path / "v.safetensors", "sdxl", states, extra=extra))
+    wide = torch.zeros(64, 9, 3, 3, dtype=torch.float16)
+    states["denoiser"]["input_blocks.0.0.weight"] = wide
+    assert "inpainting" in sentence(write_single(tmp_path / "i.safetensors", "sdxl", states))
+
+
+def test_parts_that_do_not_fit_each_other(tmp_path: Path):
+    states = random_states("sd3", torch.float16)
+    path = write_single(tmp_path / "x.safetensors", "sd3", states)
+    clip_g = write_sparse(tmp_path / "g.safetensors", tensors("text-encoder.clip_g"))
+    assert "do not fit an MMDiT" in sentence(path, text_encoders=[str(clip_g)])
+
+
+def test_folders_without_their_parts(tmp_path: Path):
+    assert "neither unet/ nor transformer/" in sentence(tmp_path)
+    (tmp_path / "unet").mkdir()
+    assert "no .safetensors file" in sentence(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    assert "only pickles" in sentence(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "neither SDXL's U-Net nor SD3's MMDiT" in sentence(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"norm_num_groups": "x"}', '{"attention_head_dim": [1]}', "\udcff",
+                                  '{"attention_head_dim": 7}', '{"norm_num_groups": 7}'])  # fmt: skip
+def test_a_bad_config_json(text: str, tmp_path: Path):
+    write_folder(tmp_path, "sdxl", {"denoiser": random_states("sdxl", torch.float16)["denoiser"]})
+    (tmp_path / "unet" / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert "unet" in sentence(tmp_path)
+
+
+def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = "nothing", "no/such/file.safetensors", "a\0b", "", "x" * 5000, "demo-sd4", "/dev/null", "~nobody.here/x"
+    for name in names:
+        sentence(name)
+    os.mkfifo(tmp_path / "pipe.safetensors")  # must not wait for a writer
+    assert "not a file" in sentence(tmp_path / "pipe.safetensors")
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    sentence(tmp_path / "loop.safetensors")
+    path = write_sparse(tmp_path / "x.safetensors", {"a": ("F16", (1,))})
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # a real one would not stop root
+    assert "Permission denied" in sentence(path)

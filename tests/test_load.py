@@ -1,0 +1,296 @@
+"""Loading: both layouts of one checkpoint, optional tensors, variants, dtypes, tokenizers, bad files.
+
+Comparisons of tensors are `equal` throughout; bad files end in a WeightsError of one sentence.
+"""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from official import tensors, write_sparse
+from safetensors.torch import load_file, save_file
+from small import PIECES, SIZES, random_states, write_folder, write_single
+from test_tokenizers import t5_oracle
+from torch import Tensor
+
+from weights import find
+from weights.describe import describe, needs
+from weights.load import Checkpoint, WeightsError, open_checkpoint
+from weights.parts import PREFIXES
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd3"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def states(family: str) -> dict[str, dict[str, Tensor]]:
+    return random_states(family, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def single(family: str, states: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_single(tmp_path_factory.mktemp("single") / "model.safetensors", family, states)
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, states: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("folder"), family, states)
+
+
+def assert_equal(checkpoint: Checkpoint, states: dict[str, dict[str, Tensor]]) -> None:
+    """Every part loads to exactly these tensors."""
+    for part, state in states.items():
+        loaded = checkpoint.load(part, checkpoint.dtype(part)).state_dict()
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], tensor) and loaded[name].is_contiguous() for name, tensor in state.items())
+
+
+def test_both_layouts_give_bit_equal_modules(family: str, states: dict, single: Path, folder: Path):
+    for path, layout in ((single, "single"), (folder, "folder")):
+        checkpoint = open_checkpoint(str(path))
+        assert (checkpoint.family, checkpoint.layout, set(checkpoint.parts)) == (family, layout, set(states))
+        assert {part: checkpoint.config(part) for part in checkpoint.parts} == SIZES[family]
+        assert_equal(checkpoint, states)
+        assert needs(checkpoint) == []
+
+
+def test_loading_converts_and_freezes(single: Path):
+    module = open_checkpoint(str(single)).load("vae", torch.float32, decoder_only=True)
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert not any(name.startswith(("encoder.", "quant_conv.")) for name in module.state_dict())
+    module.decode(torch.zeros(1, module.config.latent_channels, 2, 2))
+
+
+def test_weights_in_the_dtype_of_the_file_are_the_mapped_file(single: Path):
+    """Loaded twice, a tensor lies in the same file pages: no copy of it is made."""
+    module = open_checkpoint(str(single)).load("denoiser", torch.float16)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(single) in line]
+    ranges = [tuple(int(x, 16) for x in line[0].split("-")) for line in maps]
+    assert all(any(a <= p.data_ptr() < b for a, b in ranges) for p in module.parameters())
+
+
+def test_shards_and_fp16_variants_of_a_folder(family: str, states: dict, folder: Path, tmp_path: Path):
+    write_folder(tmp_path / "shards", family, states, shard_size="300KB")
+    assert list((tmp_path / "shards").rglob("*-of-*.safetensors"))
+    assert_equal(open_checkpoint(str(tmp_path / "shards")), states)
+    shutil.copytree(folder, tmp_path / "fp16")
+    for file in list((tmp_path / "fp16").rglob("*.safetensors")):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert_equal(open_checkpoint(str(tmp_path / "fp16")), states)
+    next((tmp_path / "shards").rglob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(WeightsError, match="shards: fetch the others"):
+        open_checkpoint(str(tmp_path / "shards"))
+
+
+def test_optional_tensors_are_accepted_present(family: str, states: dict, tmp_path: Path):
+    extra = {
+        PREFIXES[family]["clip_l"] + "text_model.embeddings.position_ids": torch.arange(12)[None],
+        "model_ema.decay": torch.tensor(0.5), "alphas_cumprod": torch.zeros(1000), "betas": torch.zeros(1000),
+    }  # fmt: skip
+    extra |= {"denoiser.sigmas": torch.zeros(1000)} if family == "sdxl" else {
+        "model.model_sampling.sigmas": torch.zeros(1000), "text_encoders.t5xxl.logit_scale": torch.tensor(1.0),
+    }  # fmt: skip
+    assert_equal(open_checkpoint(str(write_single(tmp_path / "x.safetensors", family, states, extra=extra))), states)
+
+
+def test_clip_l_of_sdxl_without_its_unused_end(tmp_path: Path):
+    sizes = SIZES["sdxl"] | {"clip_l": replace(SIZES["sdxl"]["clip_l"], width=768, heads=12, layers=12)}
+    sizes["denoiser"] = replace(sizes["denoiser"], context_width=768 + 128)
+    states = random_states("sdxl", torch.float16, sizes)
+    short = {k: v for k, v in states["clip_l"].items() if ".layers.11." not in k and "final_layer_norm" not in k}
+    write_single(tmp_path / "whole.safetensors", "sdxl", states)
+    write_single(tmp_path / "short.safetensors", "sdxl", states | {"clip_l": short})
+    ids = torch.tensor([[1, 5, 9, 2, 0]])
+    whole, less = (open_checkpoint(str(tmp_path / f"{name}.safetensors")).load("clip_l", torch.float32)
+                   for name in ("whole", "short"))  # fmt: skip
+    assert torch.equal(less(ids)[0], whole(ids)[0])
+
+
+def test_t5_under_either_name_of_its_table_and_in_fp8(tmp_path: Path):
+    states = random_states("sd3", torch.float16)
+    path = write_single(tmp_path / "x.safetensors", "sd3", states)
+    table = PREFIXES["sd3"]["t5"] + "shared.weight"
+    stored = load_file(path)
+    del stored[table]
+    save_file(stored, path)
+    assert_equal(open_checkpoint(str(path)), states)
+    for key in stored:
+        if key.startswith(PREFIXES["sd3"]["t5"]):
+            stored[key] = stored[key].to(torch.float8_e4m3fn)
+    save_file(stored, path)
+    checkpoint = open_checkpoint(str(path))
+    assert (checkpoint.dtype("t5"), checkpoint.dtype("clip_l")) == (torch.float8_e4m3fn, torch.float16)
+    loaded = checkpoint.load("t5", torch.float16).state_dict()
+    for name, tensor in states["t5"].items():
+        assert torch.equal(loaded[name], tensor.to(torch.float8_e4m3fn).to(torch.float16))
+
+
+def test_a_text_encoder_that_lacks_its_last_layer_is_refused(folder: Path, tmp_path: Path):
+    """What is left would make up a network, but config.json knows how many layers there are."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "text_encoder_2" / "model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if ".layers.1." not in key}, file)
+    with pytest.raises(WeightsError, match="1 of 2 layers"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_text_encoders_beside_an_sd3_file_or_by_option(tmp_path: Path):
+    states = random_states("sd3", torch.float16)
+    encoders = {part: states[part] for part in ("clip_l", "clip_g", "t5")}
+    (tmp_path / "alone").mkdir()
+    alone = write_single(tmp_path / "alone" / "m.safetensors", "sd3", {p: states[p] for p in ("denoiser", "vae")})
+    checkpoint = open_checkpoint(str(alone))
+    assert checkpoint.parts == ("denoiser", "vae") and [s.split()[0] for s in needs(checkpoint)] == ["clip_l", "clip_g"]
+    assert "can be left out" in describe(checkpoint) and "Needed: clip_l is missing" in describe(checkpoint)
+    files = []
+    for i, (part, state) in enumerate(encoders.items()):
+        files.append(tmp_path / f"{i}.safetensors")  # the names tell nothing
+        save_file(state, files[-1])
+    assert_equal(open_checkpoint(str(alone), text_encoders=[str(file) for file in files]), states)
+    for file in files:
+        shutil.copy(file, alone.parent)
+    assert_equal(open_checkpoint(str(alone)), states)
+    with pytest.raises(WeightsError, match="not a text encoder"):
+        open_checkpoint(str(alone), text_encoders=[str(alone)])
+
+
+def test_metadata_says_what_shapes_cannot(states: dict, family: str, tmp_path: Path):
+    config = {
+        "family": family, "unet": {"head_width": 32, "groups": 16}, "mmdit": {"head_width": 32}, "t5_length": 20,
+        "vae": {"groups": 8, "scaling": 0.5, "shift": 0.25}, "clip_g": {"head_width": 16, "activation": "quick_gelu"},
+        "defaults": {"prompt": "a circle", "height": 128, "width": 64, "guidance": 4.5},
+    }  # fmt: skip
+    checkpoint = open_checkpoint(str(write_single(tmp_path / "x.safetensors", family, states, config)))
+    vae, clip_g = checkpoint.config("vae"), checkpoint.config("clip_g")
+    assert (vae.groups, vae.scaling, vae.shift) == (8, 0.5, 0.25)
+    assert (clip_g.heads, clip_g.activation, checkpoint.config("clip_l").heads) == (8, "quick_gelu", 1)
+    assert checkpoint.config("denoiser").heads == ((1, 4) if family == "sdxl" else 4)
+    assert checkpoint.defaults == config["defaults"]
+    if family == "sd3":
+        assert checkpoint.tokenizer("t5")("a red circle").shape == (1, 20)
+
+
+def test_tokenizers(family: str, single: Path, folder: Path):
+    checkpoints = [open_checkpoint(str(path)) for path in (single, folder)]
+    for part in [part for part in ("clip_l", "clip_g", "t5") if part in checkpoints[0].parts]:
+        ids, others = (checkpoint.tokenizer(part)("a red circle!") for checkpoint in checkpoints)
+        assert torch.equal(ids, others)
+        assert ids.shape == ((1, 12) if part != "t5" else (1, 256))
+    end = SIZES[family]["clip_l"].vocabulary - 1
+    assert checkpoints[0].tokenizer("clip_l")("")[0, 1:].tolist() == [end] * 11
+    assert checkpoints[0].tokenizer("clip_g")("")[0, 1:].tolist() == [end] + [0] * 10
+
+
+def test_tokenizers_of_a_folder_saved_by_transformers_5(folder: Path, family: str, tmp_path: Path):
+    """It writes tokenizer.json alone."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    saved = transformers.CLIPTokenizerFast.from_pretrained(folder / "tokenizer").backend_tokenizer
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / name).mkdir()
+        saved.save(str(tmp_path / name / "tokenizer.json"))
+    before, after = open_checkpoint(str(folder)), open_checkpoint(str(tmp_path))
+    for part in ("clip_l", "clip_g"):
+        assert torch.equal(after.tokenizer(part)("A red circle!"), before.tokenizer(part)("A red circle!"))
+    if family == "sd3":
+        (tmp_path / "tokenizer_3" / "spiece.model").unlink()
+        t5_oracle(folder / "tokenizer_3" / "spiece.model").backend_tokenizer.save(
+            str(tmp_path / "tokenizer_3" / "tokenizer.json"))
+        assert torch.equal(after.tokenizer("t5")("A red circle!"), before.tokenizer("t5")("A red circle!"))
+
+
+def write_official(path: Path, name: str) -> Path:
+    """An official file in full size, all zeros and sparse on the disk."""
+    return write_sparse(path / f"{name}.safetensors", tensors(name))
+
+
+def test_official_files_are_recognised_from_their_headers(tmp_path: Path):
+    sdxl = open_checkpoint(str(write_official(tmp_path, "sdxl-base-1.0.single")))
+    assert (sdxl.family, sdxl.parts) == ("sdxl", ("denoiser", "vae", "clip_l", "clip_g")) and needs(sdxl) == []
+    assert sdxl.tokenizer("clip_g")("a photo of a cat")[0, :9].tolist() == [
+        49406, 320, 1125, 539, 320, 2368, 49407, 0, 0]  # fmt: skip
+    assert sdxl.tokenizer("clip_l")("!")[0, :4].tolist() == [49406, 256, 49407, 49407]
+    sd35 = write_official(tmp_path, "sd3.5-medium.single")
+    assert open_checkpoint(str(sd35)).parts == ("denoiser", "vae")
+    for name in ("clip_l", "clip_g", "t5xxl_fp16"):
+        write_official(tmp_path, f"text-encoder.{name}")
+    assert open_checkpoint(str(sd35)).parts == ("denoiser", "vae", "clip_l", "clip_g", "t5")
+    with pytest.raises(WeightsError, match="Stable Diffusion 1 or 2"):
+        open_checkpoint(str(write_official(tmp_path, "sd-1.5.single")))
+
+
+def test_t5_vocabulary_by_option_from_the_cache_or_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    states = random_states("sd3", torch.float16)
+    path = write_single(tmp_path / "x.safetensors", "sd3", states)
+    (tmp_path / "spiece.model").rename(tmp_path / "elsewhere")
+    (sentence,) = needs(open_checkpoint(str(path)))
+    assert "spiece.model" in sentence and "--no-t5" in sentence
+    assert needs(open_checkpoint(str(path)), t5=False) == []
+    assert needs(open_checkpoint(str(path), t5_file=str(tmp_path / "elsewhere"))) == []
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("weights.tokenizers.T5_WORDS", (PIECES, PIECES))  # as if it were the official vocabulary
+    snapshot = tmp_path / "hub" / "models--google--t5-v1_1-xxl" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    shutil.copy(tmp_path / "elsewhere", snapshot / "spiece.model")
+    assert needs(open_checkpoint(str(path))) == []
+    (tmp_path / "spiece.model").write_text("<html>")
+    assert "cannot be read" in needs(open_checkpoint(str(path)))[0]
+
+
+def test_choice_of_files_on_the_hub():
+    sdxl = ["model_index.json", "sd_xl_base_1.0.safetensors", "unet/config.json", "unet/model.onnx",
+            "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+            "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json", "vae_1_0/config.json"]  # fmt: skip
+    assert find.wanted(sdxl) == [
+        "model_index.json", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json",
+    ]  # fmt: skip
+    assert find.wanted(["README.md", "model.safetensors"]) == ["model.safetensors"]
+    assert find.wanted(["a.safetensors", "b.safetensors"]) == []
+
+
+def test_a_hub_id_is_fetched(folder: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a stand-in for huggingface_hub that has this folder as a repository."""
+    files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        for file in allow_patterns:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file, tmp_path / file)
+        return str(tmp_path)
+
+    class HfApi:
+        def model_info(self, name: str, timeout: float) -> SimpleNamespace:
+            if name != "someone/something":
+                raise OSError("401 Client Error.\nAccess to it is restricted.")
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    stand_in = SimpleNamespace(HfApi=HfApi, snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in)
+    checkpoint = open_checkpoint("someone/something")
+    assert (checkpoint.family, needs(checkpoint)) == (family, [])
+    with pytest.raises(WeightsError, match="401 Client Error.$"):
+        open_checkpoint("someone/else")
+
+
+def test_a_hub_id_is_taken_from_the_cache(folder: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    with pytest.raises(WeightsError, match="pip install huggingface_hub"):
+        open_checkpoint("someone/something")
+    home = tmp_path / "models--someone--something"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, home / "snapshots" / "abc")
+    assert open_checkpoint("someone/something").family == family

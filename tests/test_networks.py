@@ -1,0 +1,191 @@
+"""U-Net, MMDiT and autoencoder against diffusers in fp32 (`close`), and their cuts against forward (`equal`).
+
+The weights are carried over through weights/layouts.py and the configs sniffed from them. Every tensor is random, norms
+and biases too, so that a tensor in the wrong place cannot hide.
+"""
+
+from itertools import combinations_with_replacement
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from models.embeddings import sinusoid
+from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
+from models.unet import UNet, UNetConditioning, UNetConfig
+from weights import sniff
+from weights.layouts import translate
+from weights.check import build
+
+torch.set_num_threads(1)
+
+SDXL_LIKE = dict(
+    block_out_channels=(32, 64, 128), layers_per_block=2, transformer_layers_per_block=(1, 1, 2), norm_num_groups=8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(1, 2, 4),
+    cross_attention_dim=48, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=16,
+    projection_class_embeddings_input_dim=40 + 6 * 16,
+)  # fmt: skip
+SD1_LIKE = dict(
+    block_out_channels=(16, 32, 32, 64), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, cross_attention_dim=24,
+)  # fmt: skip
+SD3_LIKE = dict(
+    patch_size=2, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=16, num_attention_heads=4,
+    joint_attention_dim=40, caption_projection_dim=64, pooled_projection_dim=24, pos_embed_max_size=12, sample_size=16,
+)  # fmt: skip
+QK_NORM = SD3_LIKE | dict(num_layers=4, qk_norm="rms_norm")
+DUAL = QK_NORM | dict(dual_attention_layers=(0, 1))
+SDXL_VAE = dict(
+    block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8, latent_channels=4,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
+SD3_VAE = SDXL_VAE | dict(
+    block_out_channels=(24, 24, 48), layers_per_block=1, latent_channels=16, use_quant_conv=False,
+    use_post_quant_conv=False, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+)  # fmt: skip
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Seeded normal noise."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every tensor random: matrices by their fan-in, norms around one, biases and tables around zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        random = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim == 1:
+            random = 1 + 0.2 * random if name.endswith("weight") else 0.2 * random
+        elif name.endswith("weight"):
+            random = random * tensor[0].numel() ** -0.5
+        tensor.copy_(random)
+    return module.eval().requires_grad_(False)
+
+
+def carried(kind: str, theirs: nn.Module, family: str = "sdxl") -> nn.Module:
+    """Our network with the weights of theirs."""
+    tensors = theirs.state_dict()
+    sources, unexpected = translate(kind, tensors)
+    assert not unexpected
+    state = {name: source.make([tensors[key] for key in source.keys]) for name, source in sources.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    given = sniff.given_by_json(kind, theirs.config)
+    if kind == "vae":
+        config = sniff.autoencoder(shapes, family, given)
+    else:
+        config = {"unet": sniff.unet, "mmdit": sniff.mmdit}[kind](shapes, given)
+    ours = build(kind, config)
+    ours.load_state_dict(state, strict=True, assign=True)
+    return ours.eval().requires_grad_(False)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|a - b| / |b| in the 2-norm."""
+    assert actual.shape == expected.shape
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (8, 24)])
+@torch.inference_mode()
+def test_sdxl_like_unet_close_to_diffusers(height: int, width: int):
+    theirs = randomize(UNet2DConditionModel(sample_size=16, **SDXL_LIKE))
+    ours = carried("unet", theirs)
+    assert (ours.config.depths, ours.config.heads, ours.config.groups) == ((0, 1, 2), (1, 2, 4), 8)
+    x, text, pooled = noise(2, 4, height, width), noise(2, 9, 48, seed=1), noise(2, 40, seed=2)
+    t = torch.tensor([981, 1])
+    sizes = torch.tensor([[128.0, 96, 0, 8, 128, 96]] * 2)
+    vector = torch.cat([pooled, sinusoid(sizes, 16).flatten(1)], dim=1)
+    expected = theirs(x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    assert relative_error(ours(x, t, UNetConditioning(text, vector)), expected) <= 1e-5
+
+
+@torch.inference_mode()
+def test_sd1_like_unet_close_to_diffusers():
+    theirs = randomize(UNet2DConditionModel(sample_size=16, **SD1_LIKE))
+    ours = carried("unet", theirs)
+    assert not ours.config.linear_projections and ours.config.vector_width is None
+    assert ours.config.heads[:3] == (8, 8, 8)
+    x, text, t = noise(2, 4, 8, 16), noise(2, 7, 24, seed=1), torch.tensor([500, 20])
+    expected = theirs(x, t, text).sample
+    assert relative_error(ours(x, t, UNetConditioning(text, None)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [SD3_LIKE, QK_NORM, DUAL], ids=["plain", "qk-norm", "dual"])
+@pytest.mark.parametrize("height, width", [(16, 16), (10, 22)])
+@torch.inference_mode()
+def test_mmdit_close_to_diffusers(sizes: dict, height: int, width: int):
+    theirs = randomize(SD3Transformer2DModel(**sizes))
+    ours = carried("mmdit", theirs)
+    assert ours.config.qk_norm == ("qk_norm" in sizes)
+    assert ours.config.dual_blocks == len(sizes.get("dual_attention_layers", ()))
+    x, text, pooled = noise(2, 16, height, width), noise(2, 9, 40, seed=1), noise(2, 24, seed=2)
+    t = torch.tensor([999.5, 8.25])
+    expected = theirs(x, text, pooled, t).sample
+    assert relative_error(ours(x, t, MMDiTConditioning(text, pooled)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes, family", [(SDXL_VAE, "sdxl"), (SD3_VAE, "sd3")], ids=["sdxl", "sd3"])
+@torch.inference_mode()
+def test_autoencoder_close_to_diffusers(sizes: dict, family: str):
+    theirs = randomize(AutoencoderKL(**sizes))
+    ours = carried("vae", theirs, family)
+    images, latents = noise(2, 3, 32, 48), noise(2, sizes["latent_channels"], 4, 6, seed=1)
+    mean, log_variance = ours.encode(images)
+    posterior = theirs.encode(images).latent_dist
+    assert relative_error(mean, posterior.mean) <= 1e-5
+    assert relative_error(log_variance, posterior.logvar) <= 1e-5
+    assert relative_error(ours.decode(latents), theirs.decode(latents).sample) <= 1e-5
+    assert relative_error(ours.unscale(ours.scale(latents)), latents) <= 1e-5
+
+
+@torch.inference_mode()
+def test_autoencoder_with_the_old_attention_names_equal():
+    theirs = randomize(AutoencoderKL(**SDXL_VAE))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = theirs.state_dict()
+    renamed = {}
+    for name, tensor in tensors.items():
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        renamed[name] = tensor
+    assert renamed.keys() != tensors.keys()
+    for key, source in translate("vae", tensors)[0].items():
+        other = translate("vae", renamed)[0][key]
+        assert torch.equal(source.make([tensors[k] for k in source.keys]), other.make([renamed[k] for k in other.keys]))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@torch.inference_mode()
+def test_every_cut_of_the_unet_equals_forward(blocks: int):
+    config = UNetConfig(channels=16, multipliers=(1, 2, 4), blocks=blocks, depths=(0, 1, 1), middle_depth=1,
+                        heads=(1, 2, 4), context_width=24, vector_width=20, groups=8)  # fmt: skip
+    net = randomize(UNet(config))
+    x, t, conditioning = noise(1, 4, 8, 12), torch.tensor([700.0]), UNetConditioning(noise(1, 5, 24), noise(1, 20))
+    expected = net(x, t, conditioning)
+    for cut in range(1, config.input_blocks):
+        features, skips = net.entry(x, t, conditioning, cut)
+        result = net.inner(features, t, conditioning, cut)
+        assert (features.hidden.shape, result.hidden.shape) == tuple(f.hidden for f in net.crossing(x.shape, 5, cut))
+        assert torch.equal(net.exit(result, skips, t, conditioning, cut), expected)
+
+
+@torch.inference_mode()
+def test_every_cut_of_the_mmdit_equals_forward():
+    config = MMDiTConfig(width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=8, qk_norm=True,
+                         dual_blocks=2)  # fmt: skip
+    net = randomize(MMDiT(config))
+    x, t, conditioning = noise(1, 16, 8, 12), torch.tensor([700.0]), MMDiTConditioning(noise(1, 5, 24), noise(1, 20))
+    expected = net(x, t, conditioning)
+    for cut in combinations_with_replacement(range(config.depth + 1), 2):
+        tokens, grid = net.entry(x, t, conditioning, cut)
+        result = net.inner(tokens, t, conditioning, cut)
+        shapes = net.crossing(x.shape, 5, cut)
+        assert tuple(tensor.shape for tensor in tokens) == shapes[0]
+        assert tuple(tensor.shape for tensor in result) == shapes[1]
+        assert torch.equal(net.exit(result, grid, t, conditioning, cut), expected)
+
+

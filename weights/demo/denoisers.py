@@ -1,0 +1,198 @@
+"""The two demo denoisers with their text encoders: sizes, conditioning, losses and a plain sampler for the samples."""
+
+from pathlib import Path
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from models.clip import CLIPConfig, CLIPText
+from models.embeddings import sinusoid
+from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
+from models.t5 import T5Config, T5Encoder
+from models.tokenizers import CLIPTokenizer, T5Tokenizer
+from models.unet import UNet, UNetConditioning, UNetConfig
+
+LENGTH = 24  # positions of every text encoder
+SIDE = 128
+CLIP_SIZES = {"positions": LENGTH, "width": 128, "layers": 3, "heads": 2, "mlp_width": 512}
+UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
+        "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
+MMDIT = {"width": 128, "depth": 8, "heads": 2, "context_width": 256, "pooled_width": 256, "positions": 32,
+         "qk_norm": True}
+TILT_FROM = 1985  # SDXL, see `SDXLDemo.loss`
+T5_SIZES = {"width": 256, "layers": 2, "heads": 4, "head_width": 64, "mlp_width": 512}
+
+
+def tokens(family: str, captions: list[str], folder: Path) -> Tensor:
+    """Token ids of all text encoders of the family: [N, 2 or 3, LENGTH] (CLIP-L, bigG, T5)."""
+    clip_l, clip_g = (CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", LENGTH, pad) for pad in (None, 0))
+    encoders = [clip_l, clip_g]
+    if family == "sd3":
+        encoders.append(T5Tokenizer(folder / "spiece.model", LENGTH))
+    return torch.stack([torch.cat([encode(text) for encode in encoders]) for text in captions])
+
+
+def initialise_text(encoder: nn.Module) -> None:
+    """Token embeddings of size 0.5 (T5: 1), positions of 0.1, linear layers by fan-in; T5's queries as its paper has."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name.endswith("SelfAttention.q"):
+                nn.init.normal_(module.weight, std=(module.in_features * T5_SIZES["head_width"]) ** -0.5)
+            if name.endswith(("out_proj", "fc2", "SelfAttention.o", "DenseReluDense.wo")):
+                module.weight.data.mul_(0.4)
+        elif isinstance(module, nn.Embedding):
+            scale = 0.1 if "position" in name or "relative" in name else 1.0 if name == "shared" else 0.5
+            nn.init.normal_(module.weight, std=scale)
+
+
+class SDXLDemo(nn.Module):
+    """U-Net with two text encoders; predicts the noise (Ho et al. 2020)."""
+
+    latent_channels = 4
+
+    def __init__(self, vocabulary: int, t5_vocabulary: int):
+        super().__init__()
+        self.clip_l = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="quick_gelu", **CLIP_SIZES))
+        self.clip_g = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="gelu", projection=128, **CLIP_SIZES))
+        self.denoiser = UNet(UNetConfig(**UNET))
+        for encoder in (self.clip_l, self.clip_g):
+            initialise_text(encoder)
+        tower = self.clip_l.text_model  # SDXL does not use CLIP-L's pooled state: nothing to learn behind the penultimate
+        tower.encoder.layers[-1].requires_grad_(False)
+        tower.final_layer_norm.requires_grad_(False)
+        for name, weight in self.denoiser.named_parameters():
+            if any(part in name for part in ("out_layers.3.", "proj_out.", "out.2.")):
+                nn.init.zeros_(weight)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # scaled linear
+        self.signal = torch.cumprod(1 - betas, dim=0).float()  # alpha-bar
+
+    def condition(self, ids: LongTensor, keep: Tensor) -> UNetConditioning:
+        """ids [B, 2, LENGTH]; rows with keep [B] False get zeros, SDXL's rule for "no negative prompt"."""
+        text_l, _ = self.clip_l(ids[:, 0])
+        text_g, pooled = self.clip_g(ids[:, 1])
+        text = torch.cat([text_l, text_g], dim=2) * keep[:, None, None]  # [B, LENGTH, 256]
+        sizes = sinusoid(torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE], device=ids.device), 256).flatten()
+        vector = torch.cat([pooled * keep[:, None], sizes.expand(len(ids), -1)], dim=1)
+        return UNetConditioning(text=text, vector=vector)
+
+    def loss(
+        self, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator, step: int
+    ) -> Tensor:
+        """Squared error of the noise with min-SNR weights, gamma 5 (Hang et al. 2023); 10% without caption.
+
+        From step TILT_FROM on, noisy steps (SNR below 1) weigh SNR^-0.5 more: there the noise is easy to predict, and
+        without that the text hardly got to choose the background.
+        """
+        count = len(latents)
+        keep = (torch.rand(count, generator=generator) >= 0.1).float().to(latents.device)
+        t = torch.randint(1000, (count,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        a = self.signal[t].to(latents.device)
+        noisy = a.sqrt()[:, None, None, None] * latents + (1 - a).sqrt()[:, None, None, None] * noise
+        predicted = self.denoiser(noisy, t.to(latents.device).float(), self.condition(ids, keep))
+        snr = a / (1 - a)
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        weight = snr.clamp(max=5) / snr
+        if step >= TILT_FROM:
+            weight = weight * snr.clamp(max=1) ** -0.5
+        return (error * weight).mean()
+
+    @torch.no_grad()
+    def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """DDIM, leading spacing with offset 1, both branches in one batch: [B, 4, h, w]."""
+        count = len(noise)
+        keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(noise.device)
+        conditioning = self.condition(ids.repeat(2, 1, 1), keep)
+        x, stride = noise, 1000 // steps
+        for t in range((steps - 1) * stride + 1, 0, -stride):
+            a, a_next = self.signal[t], self.signal[max(t - stride, 0)]
+            without, with_text = self.denoiser(x.repeat(2, 1, 1, 1), torch.full((2 * count,), float(t)).to(x),
+                                               conditioning).chunk(2)
+            eps = without + guidance * (with_text - without)
+            image = (x - (1 - a).sqrt() * eps) / a.sqrt()
+            x = a_next.sqrt() * image + (1 - a_next).sqrt() * eps
+        return x
+
+
+class SD3Demo(nn.Module):
+    """MMDiT with three text encoders; predicts the velocity of a rectified flow (Esser et al. 2024)."""
+
+    latent_channels = 16
+
+    def __init__(self, vocabulary: int, t5_vocabulary: int):
+        super().__init__()
+        self.clip_l = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="quick_gelu", **CLIP_SIZES))
+        self.clip_g = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="gelu", projection=128, **CLIP_SIZES))
+        self.t5 = T5Encoder(T5Config(vocabulary=t5_vocabulary, **T5_SIZES))
+        self.denoiser = MMDiT(MMDiTConfig(**MMDIT))
+        for encoder in (self.clip_l, self.clip_g, self.t5):
+            initialise_text(encoder)
+        initialise_mmdit(self.denoiser)
+
+    def condition(self, ids: LongTensor, keep_t5: Tensor) -> MMDiTConditioning:
+        """ids [B, 3, LENGTH]; rows with keep_t5 [B] False get zeros for T5, SD3's rule for "no T5"."""
+        text_l, pooled_l = self.clip_l(ids[:, 0])
+        text_g, pooled_g = self.clip_g(ids[:, 1])
+        text_t5 = self.t5(ids[:, 2]) * keep_t5[:, None, None]
+        clip = torch.cat([text_l, text_g], dim=2)  # [B, LENGTH, 256], already as wide as T5
+        text = torch.cat([clip, text_t5], dim=1)  # [B, 2 LENGTH, 256]
+        return MMDiTConditioning(text=text, pooled=torch.cat([pooled_l, pooled_g], dim=1))
+
+    def loss(
+        self, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator, step: int
+    ) -> Tensor:
+        """Squared error of the velocity; logit-normal times shifted by 3 towards noise.
+
+        10% go with the caption `empty` [1, 3, LENGTH], SD3's rule for "no negative prompt", and 7% without T5.
+        """
+        count = len(latents)
+        drop = (torch.rand(count, generator=generator) < 0.1).to(ids.device)
+        ids = torch.where(drop[:, None, None], empty, ids)
+        keep_t5 = (torch.rand(count, generator=generator) >= 0.07).float().to(latents.device)
+        s = torch.sigmoid(torch.randn(count, generator=generator))
+        s = (3 * s / (1 + 2 * s)).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        noisy = (1 - s)[:, None, None, None] * latents + s[:, None, None, None] * noise
+        predicted = self.denoiser(noisy, 1000 * s, self.condition(ids, keep_t5))
+        return (predicted.float() - (noise - latents)).square().mean()
+
+    @torch.no_grad()
+    def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Euler along the flow with shift 3, both branches in one batch: [B, 16, h, w]."""
+        count = len(noise)
+        both = torch.cat([empty.expand_as(ids), ids])
+        conditioning = self.condition(both, torch.ones(2 * count).to(noise.device))
+        t = torch.linspace(1, 0, steps + 1)
+        sigmas = (3 * t / (1 + 2 * t)).tolist()
+        x = noise
+        for s, s_next in zip(sigmas, sigmas[1:]):
+            without, with_text = self.denoiser(x.repeat(2, 1, 1, 1), torch.full((2 * count,), 1000 * s).to(x),
+                                               conditioning).chunk(2)
+            x = x + (s_next - s) * (without + guidance * (with_text - without))
+        return x
+
+
+def initialise_mmdit(model: MMDiT) -> None:
+    """As DiT (Peebles and Xie 2023): Xavier for linear layers, zeros for modulations and output, fixed sin-cos grid."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(module.weight)
+            elif name.startswith("t_embedder"):
+                nn.init.normal_(module.weight, std=0.02)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.view(len(model.x_embedder.proj.weight), -1))
+    nn.init.zeros_(model.x_embedder.proj.bias)
+    side, width = MMDIT["positions"], MMDIT["width"]
+    places = torch.arange(side) - side / 2  # the centred crop that a picture uses is around 0
+    angles = places[:, None] * 100.0 ** (-torch.arange(width // 4) / (width // 4))  # short periods: few patches
+    axis = torch.cat([angles.cos(), angles.sin()], dim=1)  # [side, width / 2]
+    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
+    model.pos_embed.data.copy_(torch.cat([rows, columns], dim=2).reshape(1, side * side, width))
+
+
+FAMILIES = {"sdxl": SDXLDemo, "sd3": SD3Demo}

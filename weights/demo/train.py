@@ -1,0 +1,91 @@
+"""Trains one of the demo checkpoints from nothing: tokenizers, autoencoder, latents, denoiser, export.
+
+    python -m weights.demo.train --family sdxl --out DIR
+    python -m weights.demo.train --family sd3 --out DIR
+
+Everything on the way (states, latents, sample sheets) goes to DIR; run the same command again after a kill and it goes
+on from the last state. `--export` only writes the checkpoint from the state that there is.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from weights.demo import tokenizers
+from weights.demo.denoisers import FAMILIES, tokens
+from weights.demo.export import export
+from weights.demo.loop import Plan, Run
+from weights.demo.scenes import sample
+from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
+
+HERE = Path(__file__).parent
+PLANS = {
+    "sdxl": Plan(steps=4200, batch=32, rate=6e-4),
+    "sd3": Plan(steps=7500, batch=16, rate=8e-4, warmup=300),
+}
+
+
+def main() -> None:
+    """Runs the stages in order; each is skipped where its result is already there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for states, latents and sample sheets")
+    parser.add_argument("--weights", type=Path, default=HERE, help="folder for the checkpoint and tokenizer files")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vae-steps", type=int, help="instead of the planned number")
+    parser.add_argument("--steps", type=int, help="instead of the planned number, for the denoiser")
+    parser.add_argument("--stage", choices=("vae", "all"), default="all", help="vae: stop after autoencoder and latents")
+    parser.add_argument("--export", action="store_true", help="write the checkpoint from the last state and stop")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device, out = torch.device(options.device), options.out
+    out.mkdir(parents=True, exist_ok=True)
+    if not all((options.weights / name).exists() for name in ("vocab.json", "merges.txt", "spiece.model")):
+        tokenizers.write_all(options.weights)
+
+    autoencoder, psnr = train_autoencoder(options.family, out, device, options.vae_steps)
+    latents, scaling, shift = latent_cache(options.family, autoencoder, out)
+    print(f"autoencoder PSNR {psnr:.2f} dB, scaling {scaling}, shift {shift}, latents {tuple(latents.shape)}", flush=True)
+    if options.stage == "vae":
+        return
+
+    torch.manual_seed(1)
+    vocabulary = len(json.loads((options.weights / "vocab.json").read_text()))
+    t5_vocabulary = tokenizers.t5_size(options.weights / "spiece.model")
+    model = FAMILIES[options.family](vocabulary, t5_vocabulary).to(device)
+    plan = PLANS[options.family]
+    plan = Plan(**{**plan.__dict__, "steps": options.steps or plan.steps})
+    run = Run(model, plan, out / f"{options.family}-denoiser.safetensors")
+    print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters", flush=True)
+
+    if not options.export:
+        # the backward of the CPU's fused attention is slow for so few tokens
+        attention = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        ids = tokens(options.family, [sample("train", index)[1] for index in range(len(latents))], options.weights)
+        empty = tokens(options.family, [""], options.weights).to(device)
+        test_ids = tokens(options.family, [sample("test", index)[1] for index in range(16)], options.weights).to(device)
+        noise = torch.randn(16, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+
+        def loss_of(generator: torch.Generator, step: int) -> Tensor:
+            chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
+            with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(attention):
+                return model.loss(latents[chosen].float().to(device), ids[chosen].to(device), empty, generator, step)
+
+        def show() -> None:
+            x = model.sample(test_ids, empty, noise, steps=25, guidance=5.0)
+            save_sheet(autoencoder.decode(x / scaling + shift), out / f"{options.family}-{run.step:06d}.png")
+
+        run.fit(loss_of, show, show_every=500)
+
+    run.use_average()
+    path = export(options.family, model, autoencoder, scaling, shift, options.weights)
+    print(f"wrote {path.name} after {run.step} steps, {run.seconds / 60:.0f} min, loss {run.loss:.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The safetensors format, read with suspicion: a file is judged by its header before anything else touches it.
+
+A file is 8 bytes of header length (little endian), the header as JSON (name -> dtype, shape, data_offsets;
+`__metadata__` holds strings), then the tensors, packed without gaps. Source: the README of huggingface/safetensors.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MAX_HEADER = 16_000_000  # bytes; forty times the largest official header (safetensors itself allows 100 MB)
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+        "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
+        "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}  # fmt: skip
+KINDS = (  # what a file that is no safetensors file begins with, and what it is
+    (b"PK\x03\x04", "a PyTorch pickle (.ckpt, .pt or .bin), which is never opened here: fetch the .safetensors file"),
+    (b"\x80\x02", "a Python pickle, which is never opened here: fetch the .safetensors file"),
+    (b"\x80\x03", "a Python pickle, which is never opened here: fetch the .safetensors file"),
+    (b"\x80\x04", "a Python pickle, which is never opened here: fetch the .safetensors file"),
+    (b"<", "a web page, not a safetensors file: log in where it came from, accept the licence and fetch it again"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"GGUF", "a GGUF file: fetch the .safetensors file"),
+)
+
+
+class WeightsError(Exception):
+    """One clear sentence: what is wrong with which file, and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies and what it is, as the header of its file says."""
+
+    file: Path
+    key: str
+    dtype: str  # as safetensors spells it, such as "F16"
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries and the metadata of a file; WeightsError unless the file is whole and well formed."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise WeightsError(f"{path} is not a file.")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = check_start(path, start + file.read(16), size)
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from None
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # includes bad UTF-8 and bad JSON
+        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise WeightsError(f"{path} is damaged: its header is not valid JSON ({detail}); fetch it again.") from None
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path} is damaged: its header is not a table of tensors; fetch it again.")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{path} is damaged: its metadata is not a table of strings; fetch it again.")
+    return check_entries(path, header, size - 8 - length), metadata
+
+
+def check_start(path: Path, start: bytes, size: int) -> int:
+    """Length of the header, after a look at the first bytes for what the file might be instead."""
+    for magic, kind in KINDS:
+        if start.lstrip().startswith(magic) if magic == b"<" else start.startswith(magic):
+            # 0x3c.. can also be the length of a header: then an opening brace follows it
+            if start[8:9] != b"{":
+                raise WeightsError(f"{path} is {kind}.")
+    if size < 10:
+        raise WeightsError(f"{path} is {size} bytes long, too short for a safetensors file; fetch it again.")
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{":
+        raise WeightsError(f"{path} is not a safetensors file: no header follows its first 8 bytes.")
+    if length > size - 8:
+        raise WeightsError(f"{path} is cut off or damaged: {size:,} bytes, but its header alone claims {length:,};"
+                           " fetch it again.")
+    if length > MAX_HEADER:
+        raise WeightsError(f"{path} has a header of {length:,} bytes, more than any model needs.")
+    return length
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, refused if a key occurs twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def check_entries(path: Path, header: dict, data_size: int) -> dict[str, Entry]:
+    """Well-formed entries whose byte ranges fill `data_size` bytes without gap or overlap."""
+
+    def natural(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+    entries, ranges = {}, []
+    for key, fields in header.items():
+        if len(key) > 500:
+            raise WeightsError(f"{path} has a tensor with a name of {len(key):,} characters.")
+        fields = fields if isinstance(fields, dict) else {}
+        dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
+        if not isinstance(shape, list) or not all(map(natural, shape)):
+            raise WeightsError(f"{path} is damaged: tensor {key!r:.200} has no valid shape; fetch it again.")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
+            raise WeightsError(f"{path} is damaged: tensor {key!r:.200} has no valid place; fetch it again.")
+        if not isinstance(dtype, str) or dtype not in BITS:
+            raise WeightsError(f"{path}: tensor {key!r:.200} has the unknown dtype {dtype!r:.50}.")
+        if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[dtype]:
+            raise WeightsError(f"{path} is damaged: the shape and place of tensor {key!r:.200} do not fit; fetch it"
+                               " again.")
+        entries[key] = Entry(path, key, dtype, tuple(shape))
+        ranges.append((*offsets, key))
+    end = 0
+    for begin, stop, key in sorted(ranges):
+        if begin != end:
+            raise WeightsError(f"{path} is damaged: its tensors leave a gap or overlap at {key!r:.200}; fetch it"
+                               " again.")
+        end = stop
+    if end > data_size:
+        raise WeightsError(f"{path} is cut off: {data_size:,} bytes of tensors where its header lists {end:,};"
+                           " fetch it again.")
+    if end < data_size:
+        raise WeightsError(f"{path} is damaged: {data_size - end:,} bytes follow its last tensor; fetch it again.")
+    return entries
+
+
+@contextmanager
+def reader() -> Iterator[Callable[[Entry], Tensor]]:
+    """Gives a function entry -> tensor on the CPU: a view of the memory-mapped file, nothing is copied or read yet."""
+    handles = {}
+
+    def read(entry: Entry) -> Tensor:
+        try:
+            if entry.file not in handles:
+                handles[entry.file] = safe_open(entry.file, framework="pt", device="cpu")
+            return handles[entry.file].get_tensor(entry.key)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{entry.file} cannot be read: {error}.") from None
+
+    yield read

@@ -1,0 +1,125 @@
+"""From files to modules: `open_checkpoint` reads headers only, `Checkpoint.load` fills one part.
+
+A module is built on the meta device and given the tensors of the file (strict, assign), so that nothing is allocated
+twice: on the CPU, in the dtype of the file, the parameters are the memory-mapped file itself.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.tokenizers import CLIPTokenizer, T5Tokenizer
+from weights.check import Config, Fitted, build, check_part, check_together
+from weights.files import FLOATS, WeightsError, reader
+from weights.find import locate
+from weights.parts import PREFIXES, Contents, read_beside, read_encoder, read_folder, read_single
+from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
+
+PARTS = ("denoiser", "vae", "clip_l", "clip_g", "t5")
+T5_LENGTH = 256  # diffusers' default; Stability's code pads to 77 at least
+__all__ = ["Checkpoint", "WeightsError", "open_checkpoint"]
+
+
+class Checkpoint:
+    """A recognised and checked checkpoint, of which nothing but headers has been read.
+
+    `family` "sdxl" or "sd3"; `layout` "single" or "folder"; `defaults` what it proposes (prompt, height, width,
+    guidance, shift, as far as given); `notes` part -> why files beside it cannot be used.
+    """
+
+    def __init__(self, contents: Contents, t5_file: str | None = None, notes: Mapping[str, list[str]] | None = None):
+        self.family, self.layout, self.path = contents.family, contents.layout, contents.path
+        self.defaults, self.notes = contents.defaults, notes or {}
+        self.t5_length, self.t5_file = contents.t5_length or T5_LENGTH, t5_file and os.path.expanduser(t5_file)
+        self.fitted: dict[str, Fitted] = {
+            name: check_part(name, contents.parts[name], self.family) for name in PARTS if name in contents.parts
+        }
+        check_together(self.path, self.family, {name: part.config for name, part in self.fitted.items()})
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that are there, in the order of PARTS."""
+        return tuple(self.fitted)
+
+    def part(self, name: str) -> Fitted:
+        """A part as its header describes it; WeightsError if it is not there."""
+        if name not in self.fitted:
+            raise WeightsError(f"{self.path} has no {name}.")
+        return self.fitted[name]
+
+    def config(self, part: str) -> Config:
+        """Config of a part."""
+        return self.part(part).config
+
+    def dtype(self, part: str) -> torch.dtype:
+        """The dtype in which most of a part is stored (fp8 is for storage only: nothing computes in it)."""
+        return FLOATS[self.part(part).bytes_by_dtype.most_common(1)[0][0]]
+
+    @torch.no_grad()
+    def load(
+        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False
+    ) -> nn.Module:
+        """A part as a module in eval mode without gradients, its tensors brought one by one to device and dtype.
+
+        `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need.
+        """
+        fitted = self.part(part)
+        module = build(fitted.kind, fitted.config)
+        if decoder_only:
+            for half in ("encoder", "quant_conv"):
+                module._modules.pop(half, None)
+        state: dict[str, Tensor] = {}
+        with reader() as read:
+            for name, tensor in module.state_dict().items():
+                source = fitted.sources.get(name)
+                if source is None:  # the last layer of SDXL's CLIP-L, of which only the input is used
+                    state[name] = torch.zeros(tensor.shape, dtype=dtype, device=device)
+                else:
+                    made = source.make([read(fitted.entries[key]) for key in source.keys])
+                    state[name] = made.contiguous().to(device, dtype)
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def ships_tokenizer(self, part: str) -> bool:
+        """Whether the tokenizer is CLIP's own, which comes with this project, and not in the checkpoint's folder."""
+        return part != "t5" and self.layout == "single" and self.config(part).vocabulary == CLIP_WORDS
+
+    def tokenizer(self, part: str) -> CLIPTokenizer | T5Tokenizer | T5JsonTokenizer:
+        """The tokenizer of a text encoder: text -> ids [1, length]. CLIP-L pads with the end token, bigG with 0."""
+        config = self.config(part)
+        folder = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}[part]
+        home = self.path if self.layout == "folder" else self.path.parent
+        places = [home / folder] if self.layout == "folder" else [home, home / folder, home / "tokenizers"]
+        if part == "t5":
+            return t5_tokenizer(places, config, self.t5_length, self.t5_file)
+        return clip_tokenizer([] if self.ships_tokenizer(part) else places, config, pad=0 if part == "clip_g" else None)
+
+
+def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str | None = None) -> Checkpoint:
+    """Recognises and checks a checkpoint: "demo-sdxl", "demo-sd3", a .safetensors file, a folder or a hub id.
+
+    `text_encoders`: files with one text encoder each (clip_l, clip_g, t5xxl), which take the place of the checkpoint's;
+    those that an SD3 file lacks are looked for beside it. `t5_file`: T5's spiece.model. Raises WeightsError. Reads
+    headers only.
+    """
+    try:
+        path = locate(name)
+        contents = read_folder(path) if path.is_dir() else read_single(path)
+        parts, notes = dict(contents.parts), {}
+        for file in text_encoders:
+            part, found = read_encoder(Path(os.path.expanduser(file)))
+            if part not in PREFIXES[contents.family]:
+                raise WeightsError(f"{file} is a {part} text encoder, which {contents.family.upper()} does not have.")
+            parts[part] = found
+        if (contents.family, contents.layout) == ("sd3", "single"):
+            found, notes = read_beside(path, [part for part in ("clip_l", "clip_g", "t5") if part not in parts])
+            parts |= found
+        return Checkpoint(replace(contents, parts=parts), t5_file, notes)
+    except OSError as error:
+        raise WeightsError(f"{ascii(name):.200} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:  # a path with a null byte
+        raise WeightsError(f"{ascii(name):.200} cannot be read: {error}.") from None

@@ -1,0 +1,289 @@
+"""Finds the parts of a checkpoint (denoiser, autoencoder, text encoders) by the names of its tensors.
+
+File and folder names decide nothing, but for the sub-folders of the Hugging Face layout.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights.files import Entry, WeightsError, read_header
+from weights.sniff import given_by_json
+
+PREFIXES = {  # family -> part -> prefix of its names in a single file
+    "sdxl": {
+        "denoiser": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "clip_l": "conditioner.embedders.0.transformer.",
+        "clip_g": "conditioner.embedders.1.model.",
+    },
+    "sd3": {
+        "denoiser": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "clip_l": "text_encoders.clip_l.transformer.",
+        "clip_g": "text_encoders.clip_g.transformer.",
+        "t5": "text_encoders.t5xxl.transformer.",
+    },
+}
+FOLDERS = {  # family -> part -> its sub-folder
+    "sdxl": {"denoiser": "unet", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"},
+    "sd3": {"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
+            "t5": "text_encoder_3"},
+}  # fmt: skip
+IGNORED = re.compile(  # tensors outside the parts that some files hold and nobody needs
+    r"model_ema\..*|denoiser\.sigmas|model\.model_sampling\.sigmas|text_encoders\.\w+\.logit_scale"
+    r"|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?|betas"
+    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)"
+)
+V_PREDICTION = r"(v_pred|ztsnr)$|edm_vpred\."
+OTHER_KINDS = (  # what else is found under the name .safetensors
+    (r".*(lora_|\.lora\.|\.lokr_|\.hada_|\.dora_scale|\.alpha$)", "a LoRA, which is no model of its own: merge it into"
+     " one first"),
+    (r"(control_model|controlnet_|input_hint_block)", "a ControlNet, which is not run here"),
+    (V_PREDICTION, "an SDXL variant with v-prediction, which is not run here"),
+    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model: only SDXL and SD3 are run here"),
+    (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner: only the base model is run here"),
+    (r"cond_stage_model\.|model\.diffusion_model\.input_blocks\.", "a Stable Diffusion 1 or 2 model: only SDXL and SD3"
+     " are run here"),
+    (r"(emb_params|string_to_param|clip_[lg])$", "a textual inversion embedding, not a model"),
+    (r"(down_blocks|transformer_blocks)\.", "a denoiser in Hugging Face naming: give the folder that holds"
+     " model_index.json instead"),
+    (r"(first_stage_model\.|encoder\.down|decoder\.)", "an autoencoder alone, not a whole model"),
+    (r"(text_model|encoder\.block|transformer\.resblocks)\.", "a text encoder alone: give the model, and this file as"
+     " one of the text encoders"),
+    (r"(joint_blocks|input_blocks)\.", "a denoiser without the prefix model.diffusion_model.: fetch the official file"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part as its file has it: names without the prefix, and what is given about it beyond the shapes."""
+
+    kind: str  # "unet", "mmdit", "vae", "clip" or "t5"
+    place: Path  # the file or sub-folder, for messages
+    entries: dict[str, Entry]
+    given: Mapping
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a file or folder holds."""
+
+    family: str  # "sdxl" or "sd3"
+    layout: str  # "single" or "folder"
+    path: Path
+    parts: dict[str, Part]
+    defaults: dict  # prompt, height, width, guidance, shift, as far as they are given
+    t5_length: int | None = None
+
+
+def kind_of(part: str, family: str) -> str:
+    """The kind of network that a part is."""
+    denoiser = {"sdxl": "unet", "sd3": "mmdit"}[family]
+    return {"denoiser": denoiser, "vae": "vae", "clip_l": "clip", "clip_g": "clip", "t5": "t5"}[part]
+
+
+def some(names: list[str], count: int = 4) -> str:
+    """The first few of a list of names, made printable."""
+    shown = (name if name.isascii() and name.isprintable() else ascii(name) for name in names[:count])
+    return ", ".join(f"{name:.120}" for name in shown) + (", ..." if len(names) > count else "")
+
+
+def read_single(path: Path) -> Contents:
+    """Contents of a single file in the official layout."""
+    entries, metadata = read_header(path)
+    config = own_config(path, metadata)
+    stem = "model.diffusion_model."
+    if any(re.match(V_PREDICTION, key) for key in entries):
+        raise WeightsError(f"{path} is {other_kind([key for key in entries if re.match(V_PREDICTION, key)])}.")
+    if any(key.startswith(stem + "joint_blocks.") for key in entries):
+        family = "sd3"
+    elif stem + "label_emb.0.0.weight" in entries and not any(
+        key.startswith("conditioner.embedders.0.model.") for key in entries
+    ):
+        family = "sdxl"
+    else:
+        raise WeightsError(f"{path} is {other_kind(list(entries))}.")
+    prefixes = PREFIXES[family]
+    found: dict[str, dict[str, Entry]] = {}
+    unexpected = []
+    for key, entry in entries.items():
+        part = next((part for part, prefix in prefixes.items() if key.startswith(prefix)), None)
+        if part is not None:
+            found.setdefault(part, {})[key.removeprefix(prefixes[part])] = entry
+        elif not IGNORED.fullmatch(key):
+            unexpected.append(key)
+    if unexpected:
+        raise WeightsError(f"{path} holds {len(unexpected)} tensors that do not belong to {family.upper()}:"
+                           f" {some(unexpected)}.")
+    parts = {}
+    for part in prefixes:
+        if part in found:
+            kind = kind_of(part, family)
+            parts[part] = Part(kind, path, found[part], table(path, config, kind if part == "denoiser" else part))
+    defaults = checked_defaults(path, table(path, config, "defaults"))
+    return Contents(family, "single", path, parts, defaults, t5_length(path, config))
+
+
+def other_kind(keys: list[str]) -> str:
+    """What a file that holds neither SDXL nor SD3 is."""
+    for pattern, kind in OTHER_KINDS:
+        if any(re.match(pattern, key) for key in keys):
+            return kind
+    return f"neither an SDXL nor an SD3 model; its tensors: {some(keys) or 'none'}"
+
+
+def own_config(path: Path, metadata: Mapping[str, str]) -> dict:
+    """The metadata entry `hybridiff.config`, a JSON object; {} where there is none."""
+    return parse(f"{path}, metadata entry hybridiff.config", metadata.get("hybridiff.config", "{}"))
+
+
+def parse(where: str, text: str) -> dict:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{where} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{where} is not a JSON object.")
+    return value
+
+
+def table(path: Path, config: Mapping, name: str) -> dict:
+    """One sub-table of the metadata's configuration; {} where there is none."""
+    value = config.get(name, {})
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}, metadata entry hybridiff.config: {name} is not a table.")
+    return value
+
+
+def checked_defaults(path: Path, defaults: dict) -> dict:
+    """The proposed settings; WeightsError where one is not of its type."""
+    for name, value in defaults.items():
+        types = {"prompt": str, "height": int, "width": int}.get(name, (int, float))
+        fits = isinstance(value, types) and not isinstance(value, bool)
+        if not fits or not isinstance(value, str) and not 0 < value < 1e6:
+            raise WeightsError(f"{path} proposes {name:.50} = {value!r:.50}, which is no such value.")
+    return defaults
+
+
+def t5_length(path: Path, config: Mapping) -> int | None:
+    """T5's number of tokens, where the metadata gives one."""
+    length = config.get("t5_length")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or not 1 < length <= 4096):
+        raise WeightsError(f"{path}, metadata entry hybridiff.config: t5_length is {length!r:.50}.")
+    return length
+
+
+def read_folder(path: Path) -> Contents:
+    """Contents of a folder in Hugging Face layout."""
+    family = next((family for family, folders in FOLDERS.items() if (path / folders["denoiser"]).is_dir()), None)
+    if family is None:
+        raise WeightsError(f"{path} has neither unet/ nor transformer/ in it: give the folder of an SDXL or SD3 model"
+                           " in Hugging Face layout, or a .safetensors file.")
+    parts = {}
+    for part, name in FOLDERS[family].items():
+        folder, kind = path / name, kind_of(part, family)
+        if folder.is_dir() and (part == "denoiser" or any(folder.iterdir())):
+            config = read_json(folder / "config.json")
+            if part == "vae" and config.get("latents_mean") is not None:
+                raise WeightsError(f"{folder} normalises latents channel by channel, as Playground does, which is not"
+                                   " done here.")
+            parts[part] = Part(kind, folder, folder_entries(folder), given_by_json(kind, config))
+    keys = parts["denoiser"].entries
+    marks = {"sdxl": "add_embedding.linear_1.weight", "sd3": "pos_embed.pos_embed"}
+    if marks[family] not in keys:
+        raise WeightsError(f"{path / FOLDERS[family]['denoiser']} is neither SDXL's U-Net nor SD3's MMDiT; its tensors:"
+                           f" {some(list(keys)) or 'none'}.")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    if family == "sdxl" and scheduler.get("prediction_type", "epsilon") != "epsilon":
+        raise WeightsError(f"{path} predicts {ascii(scheduler['prediction_type']):.50}; only epsilon is done here.")
+    defaults = {"shift": scheduler["shift"]} if family == "sd3" and "shift" in scheduler else {}
+    return Contents(family, "folder", path, parts, checked_defaults(path, defaults))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a small file; {} where there is no such file."""
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > 10_000_000:
+            raise WeightsError(f"{path} is too long for a configuration.")
+        return parse(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}.") from None
+
+
+SHARD = re.compile(r"(?P<stem>[^.]+?)(?:\.(?P<variant>[^.]+?))?(?:-(?P<i>\d{5})-of-(?P<n>\d{5}))?\.safetensors")
+
+
+def folder_entries(folder: Path) -> dict[str, Entry]:
+    """The tensors of a sub-folder: of its plain file(s), else of the fp16 or bf16 variant; shards are put together."""
+    sets: dict[tuple[str, str], dict[str, Path]] = {}  # (variant, shards) -> files
+    for file in sorted(folder.glob("*.safetensors")):
+        match = SHARD.fullmatch(file.name)
+        if match:
+            sets.setdefault((match["variant"] or "", match["n"] or "00001"), {})[match["i"] or "00001"] = file
+    if not sets:
+        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
+        raise WeightsError(f"{folder} holds no .safetensors file" + (", only pickles, which are never opened here."
+                           if pickles else "."))
+    order = {"": 0, "fp16": 1, "bf16": 2}
+    ranked = sorted(sets, key=lambda s: (len(sets[s]) != int(s[1]), order.get(s[0], 3), s))  # whole sets first
+    (_, shards), files = ranked[0], sets[ranked[0]]
+    if len(files) != int(shards):
+        raise WeightsError(f"{folder} holds {len(files)} of {int(shards)} shards: fetch the others.")
+    entries: dict[str, Entry] = {}
+    for file in files.values():
+        found, _ = read_header(file)
+        if twice := entries.keys() & found.keys():
+            raise WeightsError(f"{file} holds tensors that another file beside it holds too: {some(sorted(twice))}.")
+        entries |= found
+    return entries
+
+
+def read_encoder(path: Path) -> tuple[str, Part]:
+    """Name and part of a file that holds one text encoder and nothing else: "clip_l", "clip_g" or "t5"."""
+    entries, metadata = read_header(path)
+    config = own_config(path, metadata)
+    words = "embeddings.token_embedding.weight"
+    embedding = entries.get(f"text_model.{words}", entries.get(words))
+    if any(key.startswith("encoder.block.") for key in entries):
+        part = "t5"
+    elif any(key.startswith("transformer.resblocks.") for key in entries):
+        part = "clip_g"
+    elif embedding is not None and not any(key.startswith("vision_model.") for key in entries):
+        width = embedding.shape[-1] if embedding.shape else 0
+        projected = "text_projection.weight" in entries
+        part = {768: "clip_l", 1280: "clip_g"}.get(width, "clip_g" if projected else "clip_l")
+    else:
+        raise WeightsError(f"{path} is not a text encoder (CLIP-L, bigG or T5); its tensors: {some(list(entries))}.")
+    return part, Part(kind_of(part, "sd3"), path, entries, table(path, config, part))
+
+
+def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, Part], dict[str, list[str]]]:
+    """Text encoder files beside an SD3 file (or in text_encoders/ there), and why others of them cannot be used.
+
+    Of several for one part the largest is taken: it has the finest dtype.
+    """
+    found: dict[str, Part] = {}
+    notes: dict[str, list[str]] = {}
+    files = [file for folder in ("", "text_encoders") for file in sorted((path.parent / folder).glob("*.safetensors"))]
+    for file in files if wanted else ():
+        try:
+            part, encoder = read_encoder(file)
+        except WeightsError as error:
+            guess = next((part for part in wanted if part in file.name), None)
+            if guess is not None:
+                notes.setdefault(guess, []).append(str(error).rstrip("."))
+            continue
+        if part in wanted and (part not in found or total_size(encoder) > total_size(found[part])):
+            found[part] = encoder
+    return found, {part: why for part, why in notes.items() if part not in found}
+
+
+def total_size(part: Part) -> int:
+    """Bytes of all tensors of a part."""
+    return sum(entry.size for entry in part.entries.values())
