@@ -97,8 +97,8 @@ class Worker:
                 self.transport.send(value, (content,) if isinstance(content, Tensor) else content, self.rank, to)
             case Receive(value, source):
                 tensors = self.transport.receive(value, self.task.message(value), source, self.rank)
-                crossed = {"entry": 0, "inner": 1}.get(value.what)
-                self.store[value] = tensors[0] if crossed is None else self.task.denoiser.Features(*tensors)
+                crossed = value.what in ("entry", "inner")
+                self.store[value] = self.task.denoiser.Boundary(*tensors) if crossed else tensors[0]
             case Measure():
                 self.store[DISCREPANCY] = discrepancy(self.store[prediction("cond")], self.store[prediction("uncond")])
             case Guide():

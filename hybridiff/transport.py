@@ -61,6 +61,13 @@ class Mailbox(Transport):
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         return self.mail[sender, to].popleft()
 
+    def open_lanes(self, device: torch.device) -> None:
+        """Nothing to open within one process."""
+
+    def gather(self, word: object) -> list:
+        """The words of all processes: of this one."""
+        return [word]
+
     def finish(self) -> Counter[str]:
         """Bytes by kind over all ranks."""
         return self.sent
@@ -72,20 +79,21 @@ class Ranks(Transport):
     Where ranks share a GPU or NCCL is missing, tensors are staged through host memory and sent by gloo.
     """
 
-    def __init__(self, rank: int, world: int, device: torch.device, timeout: timedelta):
+    def __init__(self, rank: int, world: int, timeout: timedelta):
         super().__init__()
-        self.rank, self.world, self.device = rank, world, device
-        nodes_share = int(os.environ.get("LOCAL_WORLD_SIZE", world)) > max(torch.cuda.device_count(), 1)
-        self.backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() and not nodes_share else "gloo"
-        self.wire = device if self.backend == "nccl" else torch.device("cpu")  # where messages lie when they travel
+        self.rank, self.world, self.timeout = rank, world, timeout
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)  # for words between the ranks
-        self.lanes = {
-            (a, b): dist.new_group([a, b], timeout=timeout, backend=self.backend)
-            for a in range(world)
-            for b in range(world)
-            if a != b
-        }
         self.under_way: deque[tuple[dist.Work, Tensor]] = deque()  # sends keep their tensors alive until they are done
+
+    def open_lanes(self, device: torch.device) -> None:
+        """Make the lanes for values that lie on `device`; every rank must call it."""
+        own_gpu = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) <= torch.cuda.device_count()
+        nccl = device.type == "cuda" and dist.is_nccl_available() and own_gpu
+        self.backend = "nccl" if all(self.gather(nccl)) else "gloo"
+        self.device = device
+        self.wire = device if self.backend == "nccl" else torch.device("cpu")  # where values lie while they travel
+        pairs = [(a, b) for a in range(self.world) for b in range(self.world) if a != b]
+        self.lanes = {pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend) for pair in pairs}
 
     def arrived(self, sender: int, to: int) -> bool:
         """Always: `receive` waits by itself."""
@@ -124,27 +132,16 @@ class Ranks(Transport):
         return words
 
 
-def share_seed(transport: Transport, seed: int) -> int:
-    """Rank 0's number, on every rank."""
-    return transport.gather(seed)[0] if isinstance(transport, Ranks) else seed
-
-
-def first_error(transport: Transport, error: str | None) -> str | None:
-    """The first rank's error, on every rank, so that all stop together; None where all are well."""
-    errors = transport.gather(error) if isinstance(transport, Ranks) else [error]
-    return next((e for e in errors if e is not None), None)
-
-
 def place() -> tuple[int, int, int]:
     """(rank, ranks, local rank) from torchrun's environment; (0, 1, 0) without it."""
     env = os.environ
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
-def connect(device: torch.device, timeout: timedelta = timedelta(minutes=5)) -> Transport:
+def connect(timeout: timedelta = timedelta(minutes=5)) -> Transport:
     """The transport of this process: `Ranks` under torchrun with two ranks or more, else `Mailbox`."""
     rank, world, _ = place()
-    return Ranks(rank, world, device, timeout) if world > 1 else Mailbox()
+    return Ranks(rank, world, timeout) if world > 1 else Mailbox()
 
 
 def disconnect() -> None:

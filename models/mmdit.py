@@ -33,6 +33,16 @@ class MMDiTConfig:
     qk_norm: bool = False
     dual_blocks: int = 0  # the first so many blocks have a second self-attention over the image tokens (SD3.5-medium)
 
+    @property
+    def multiple(self) -> int:
+        """Height and width of the latents must be multiples of this."""
+        return self.patch
+
+    @property
+    def largest(self) -> int:
+        """Height and width of the latents must not be more than this."""
+        return self.positions * self.patch
+
 
 class MMDiTConditioning(NamedTuple):
     """What one branch tells the network about its text."""
@@ -191,6 +201,7 @@ class FinalLayer(nn.Module):
 class MMDiT(nn.Module):
     """Predicts the velocity (noise - image) of latents x (B, C, h, w); h and w multiples of the patch."""
 
+    Boundary = Tokens
     frequencies = 256  # width of the sinusoid of the time
 
     def __init__(self, config: MMDiTConfig):

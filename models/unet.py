@@ -40,6 +40,11 @@ class UNetConfig:
         """n: the number of input blocks, and of output blocks."""
         return len(self.multipliers) * (self.blocks + 1)
 
+    @property
+    def multiple(self) -> int:
+        """Height and width of the latents must be multiples of this."""
+        return 2 ** (len(self.multipliers) - 1)
+
 
 class UNetConditioning(NamedTuple):
     """What one branch tells the network about its text."""
@@ -208,6 +213,8 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """Predicts the noise in latents x (B, in_channels, h, w); h and w multiples of 2 ** (levels - 1)."""
 
+    Boundary = Features
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
@@ -298,13 +305,14 @@ class UNet(nn.Module):
         return self.config.input_blocks - self.config.blocks
 
     def crossing(self, latents: torch.Size, text_tokens: int, cut: int) -> tuple[Features, Features]:
-        """Shapes of what leaves `entry` and of what leaves `inner`, for latents of shape (B, C, h, w)."""
+        """Shapes of what leaves `entry` and of what leaves `inner`, for latents (B, C, h, w); 0 < cut < input blocks."""
         levels = [i // (self.config.blocks + 1) for i in range(self.config.input_blocks)]
         widths = [self.config.channels * m for m in self.config.multipliers]
         # a downsampling block closes its level, so the side is halved once more right after it
         halvings = sum(1 for i in range(1, cut) if i % (self.config.blocks + 1) == 0)
         b, _, h, w = latents
         h, w = h >> halvings, w >> halvings
+        # such a block still has the width of the level that it closes
         entry_width = widths[max(0, levels[cut - 1] - (1 if (cut - 1) % (self.config.blocks + 1) == 0 else 0))]
         inner_level = len(widths) - 1 - levels[self.config.input_blocks - cut - 1]
         return Features(torch.Size((b, entry_width, h, w))), Features(torch.Size((b, widths[inner_level], h, w)))

@@ -1,0 +1,143 @@
+"""Prompt -> conditioning -> latents -> image, with the seconds of each phase."""
+
+import time
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from hybridiff.denoise import StepRecord, Task, denoise
+from hybridiff.errors import UsageError
+from hybridiff.samplers import Sampler, make_sampler
+from hybridiff.strategies import Settings, Strategy, strategies
+from hybridiff.switching import SwitchRule
+from hybridiff.text import encode
+from hybridiff.transport import Transport
+from weights.load import Checkpoint
+
+PAPER_RULES = {  # appendix G of the paper
+    "sdxl": SwitchRule(window=12, slope=4e-4, cap=15, interval=5),
+    "sd3": SwitchRule(window=15, slope=1e-4, cap=40, interval=5),
+}
+GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
+SIDE = {"sdxl": 1024, "sd3": 1024}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture as asked for, every default filled in. Sizes in pixels."""
+
+    prompt: str
+    negative_prompt: str | None
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    seed: int
+    sampler: str | None
+    strategy: str
+    rule: SwitchRule
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Result:
+    """The image and what happened on the way."""
+
+    image: Tensor | None  # (height, width, 3) uint8 on the CPU; None on ranks other than 0
+    records: list[StepRecord]
+    seconds: dict[str, float]  # by phase
+    bytes_sent: dict[str, int]  # by kind of value, over all ranks
+
+
+def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
+    """UsageError unless the networks can make a picture of this size."""
+    denoiser, factor = checkpoint.config("denoiser"), checkpoint.config("vae").factor
+    multiple = denoiser.multiple * factor
+    largest = getattr(denoiser, "largest", None)
+    for name, side in (("height", height), ("width", width)):
+        if side < multiple or side % multiple:
+            raise UsageError(f"--{name} {side} does not fit this network: give a positive multiple of {multiple}.")
+        if largest is not None and side > largest * factor:
+            raise UsageError(f"--{name} {side} is beyond this network's positions: give at most {largest * factor}.")
+
+
+def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[Strategy, Sampler]:
+    """The strategy and the sampler of a request; UsageError in whatever cannot be done. Reads no tensors."""
+    known = strategies(checkpoint.family)
+    if request.strategy not in known:
+        raise UsageError(f"--strategy {request.strategy} is unknown: choose one of {', '.join(known)}.")
+    strategy = known[request.strategy]
+    if world not in (1, strategy.ranks):
+        counts = "1 process" if strategy.ranks == 1 else f"1 process or {strategy.ranks} ranks"
+        raise UsageError(f"--strategy {request.strategy} runs on {counts}, not on {world}: set --nproc_per_node so.")
+    rule = request.rule
+    for name, value, least in (("window", rule.window, 1), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
+        if value < least:
+            raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
+    check_size(checkpoint, request.height, request.width)
+    return strategy, make_sampler(checkpoint.family, request.sampler, request.steps)
+
+
+def draw_noise(channels: int, height: int, width: int, seed: int) -> Tensor:
+    """Unit normal latents (1, channels, height, width), fp32, drawn on the CPU: the same on every rank and device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(1, channels, height, width, generator=generator)
+
+
+def require_finite(tensor: Tensor, stage: str) -> None:
+    """UsageError that names the stage if the tensor holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise UsageError(f"NaN or infinity appeared in the {stage}: try --dtype float32 or a smaller --guidance.")
+
+
+@torch.inference_mode()
+def decode(checkpoint: Checkpoint, latents: Tensor, device: torch.device) -> Tensor:
+    """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16."""
+    vae = checkpoint.load("vae", torch.float32, device, decoder_only=True)
+    image = vae.decode(vae.unscale(latents.float()))[0]
+    require_finite(image, "decoder")
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
+
+
+def generate(
+    checkpoint: Checkpoint,
+    request: Request,
+    transport: Transport,
+    device: torch.device,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> Result:
+    """Make one picture. Every rank calls it with the same request; rank 0 alone decodes."""
+    strategy, sampler = plan_request(checkpoint, request, transport.world)
+    seconds: dict[str, float] = {}
+
+    def clock(phase: str, start: float) -> float:
+        now = time.perf_counter()
+        seconds[phase] = seconds.get(phase, 0.0) + now - start
+        return now
+
+    now = time.perf_counter()
+    size = (request.height, request.width)
+    conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype)
+    now = clock("text", now)
+    denoiser = checkpoint.load("denoiser", request.dtype, device)
+    now = clock("load", now)
+
+    vae = checkpoint.config("vae")
+    noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
+    task = Task(denoiser, denoiser.default_cut(), sampler, conditioning, request.guidance, noise)
+    settings = Settings(request.steps, request.rule)
+    records = []
+    for record in denoise(task, strategy, settings, transport):
+        records.append(record)
+        seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
+        on_step(record)
+    bytes_sent = transport.finish()
+    del task, denoiser
+    require_finite(records[-1].latents, f"latents ({records[-1].stage})")
+
+    now = time.perf_counter()
+    image = decode(checkpoint, records[-1].latents, device) if transport.rank == 0 else None
+    clock("decode", now)
+    return Result(image, records, seconds, dict(bytes_sent))

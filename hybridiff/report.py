@@ -1,0 +1,87 @@
+"""What happened: the report as a table for JSON, and the picture with its settings inside."""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+import hybridiff
+from hybridiff.errors import UsageError
+from hybridiff.pipeline import Request, Result
+from hybridiff.switching import find_switch
+
+
+def settings_of(request: Request, weights: str, ranks: int) -> dict:
+    """The request as plain values."""
+    rule = request.rule
+    return {
+        "weights": weights, "ranks": ranks, "strategy": request.strategy, "sampler": request.sampler,
+        "prompt": request.prompt, "negative_prompt": request.negative_prompt, "steps": request.steps,
+        "guidance": request.guidance, "height": request.height, "width": request.width,
+        "window": rule.window, "slope": rule.slope, "cap": rule.cap, "interval": rule.interval,
+        "dtype": str(request.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def make_report(request: Request, result: Result, weights: str, ranks: int) -> dict:
+    """The report: steps, tau1, tau2 (None where it never switched), seconds, bytes, seed, settings, versions."""
+    steps = [
+        {"stage": r.stage, "discrepancy": r.discrepancy, "slope": r.slope, "seconds": r.seconds}
+        for r in result.records
+    ]
+    switched = any(r.stage == "parallelism" for r in result.records)
+    switch = find_switch([r.discrepancy for r in result.records], request.rule) if switched else None
+    return {
+        "steps": steps,
+        "tau1": switch.tau1 if switch else None,
+        "tau2": switch.tau2 if switch else None,
+        "seconds": result.seconds,
+        "bytes_sent": {"total": sum(result.bytes_sent.values()), "by_operation": result.bytes_sent},
+        "seed": request.seed,
+        "settings": settings_of(request, weights, ranks),
+        "versions": {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def check_writable(path: Path) -> None:
+    """UsageError unless a file can be made at this path (tried beside it, nothing is left behind)."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory: give the name of a file.")
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
+
+
+def write_whole(path: Path, write) -> None:
+    """Write a file under a temporary name by `write(temporary path)`, then rename it: it is whole or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{path} could not be written ({error.strerror or error}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_picture(image: Tensor, path: Path, seed: int, settings: dict) -> None:
+    """Write (H, W, 3) uint8 as PNG with prompt, seed and settings as text metadata."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("prompt", settings["prompt"])
+    info.add_itxt("seed", str(seed))
+    info.add_itxt("settings", json.dumps(settings))
+    picture = Image.fromarray(image.numpy())
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+
+
+def save_report(report: dict, folder: Path) -> None:
+    """Write folder/report.json."""
+    text = json.dumps(report, indent=1) + "\n"
+    write_whole(folder / "report.json", lambda temporary: temporary.write_text(text))

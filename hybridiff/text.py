@@ -1,0 +1,76 @@
+"""Prompts -> what the denoiser is told, for both families. Each encoder is loaded, used and freed before the next."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.embeddings import sinusoid
+from models.mmdit import MMDiTConditioning
+from models.unet import UNetConditioning
+from weights.load import Checkpoint
+
+
+def run_encoder(checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype) -> list:
+    """Run one text encoder over the texts, one by one (batch 1, so that a text's result never depends on the others)."""
+    tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device)
+    return [encoder(tokenizer(text).to(device)) for text in texts]
+
+
+@torch.inference_mode()
+def encode(
+    checkpoint: Checkpoint,
+    prompt: str,
+    negative_prompt: str | None,
+    height: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, UNetConditioning] | dict[str, MMDiTConditioning]:
+    """The conditioning of both branches, "cond" and "uncond", batch 1, in `dtype` on `device`; sizes in pixels."""
+    encode_family = encode_sdxl if checkpoint.family == "sdxl" else encode_sd3
+    return encode_family(checkpoint, prompt, negative_prompt, height, width, device, dtype)
+
+
+def encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtype) -> dict[str, UNetConditioning]:
+    """SDXL: penultimate states of CLIP-L and bigG side by side; bigG's pooled text and six sizes as the vector.
+
+    Without a negative prompt the unconditional text is zeros; an empty one is encoded. Sizes: original height and width,
+    crop top and left, target height and width, each a 256-wide sinusoid (Podell et al. 2023, Sec. 2.2).
+    """
+    texts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+    clip_l = run_encoder(checkpoint, "clip_l", texts, device, dtype)
+    clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
+    sizes = torch.tensor([height, width, 0, 0, height, width], device=device)
+    pooled_width = clip_g[0][1].shape[1]
+    each = (checkpoint.config("denoiser").vector_width - pooled_width) // len(sizes)
+    sizes = sinusoid(sizes, each).flatten()[None].to(dtype)  # (1, 6 * 256)
+
+    def conditioning(text: Tensor, pooled: Tensor) -> UNetConditioning:
+        return UNetConditioning(text, torch.cat([pooled, sizes], dim=1))
+
+    branches = [(torch.cat([l, g], dim=2), pooled) for (l, _), (g, pooled) in zip(clip_l, clip_g)]
+    if negative_prompt is None:
+        branches.append((torch.zeros_like(branches[0][0]), torch.zeros_like(branches[0][1])))
+    return {"cond": conditioning(*branches[0]), "uncond": conditioning(*branches[1])}
+
+
+def encode_sd3(checkpoint, prompt, negative_prompt, height, width, device, dtype) -> dict[str, MMDiTConditioning]:
+    """SD3: CLIP rows (CLIP-L and bigG side by side, padded with zeros to T5's width), then T5's rows; pooled of both CLIPs.
+
+    Without a negative prompt the empty string is encoded. Without T5 its rows are zeros (Esser et al. 2024, Sec. 5.3.3).
+    """
+    texts = [prompt, negative_prompt or ""]
+    clip_l = run_encoder(checkpoint, "clip_l", texts, device, dtype)
+    clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
+    context_width = checkpoint.config("denoiser").context_width
+    if "t5" in checkpoint.parts:
+        t5 = run_encoder(checkpoint, "t5", texts, device, dtype)
+    else:
+        t5 = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * 2
+    branches = []
+    for (text_l, pooled_l), (text_g, pooled_g), text_t5 in zip(clip_l, clip_g, t5):
+        clip = torch.cat([text_l, text_g], dim=2)
+        clip = F.pad(clip, (0, context_width - clip.shape[2]))
+        text = torch.cat([clip, text_t5.to(dtype)], dim=1)  # (1, 77 + 256, 4096) in SD3-medium
+        branches.append(MMDiTConditioning(text, torch.cat([pooled_l, pooled_g], dim=1)))
+    return {"cond": branches[0], "uncond": branches[1]}

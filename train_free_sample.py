@@ -1,0 +1,186 @@
+"""Make a picture with one process or with torchrun on two ranks.
+
+    torchrun --nproc_per_node=2 train_free_sample.py                       # the SDXL demo, strategy `paper`
+    torchrun --nproc_per_node=2 train_free_sample.py --weights demo-sd3    # the SD3 demo
+    python train_free_sample.py                                            # the same schedule in one process
+    torchrun --nproc_per_node=2 train_free_sample.py --weights sd_xl_base_1.0.safetensors --prompt "a red fox"
+"""
+
+import argparse
+import secrets
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hybridiff.denoise import StepRecord
+from hybridiff.errors import UsageError
+from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, generate, plan_request
+from hybridiff.report import check_writable, make_report, save_picture, save_report, settings_of
+from hybridiff.samplers import SAMPLERS
+from hybridiff.transport import Transport, connect, disconnect, place
+from weights.describe import needs
+from weights.load import Checkpoint, WeightsError, open_checkpoint
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, so that rank 0 alone speaks."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; see --help.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id")
+    add("--prompt", help="what to draw (default: the demo's own prompt)")
+    add("--negative-prompt", help="what to keep out")
+    add("--steps", type=int, default=50)
+    add("--guidance", type=float, help="scale of classifier-free guidance (default: the checkpoint's or family's)")
+    add("--height", type=int, help="pixels (default: the checkpoint's)")
+    add("--width", type=int, help="pixels (default: the checkpoint's)")
+    add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")
+    add("--sampler", help="ddim or euler (SDXL), flow (SD3)")
+    add("--strategy", default="paper", help="serial, batched (one process), condition, paper (one process or two ranks)")
+    add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's)")
+    add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's)")
+    add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's)")
+    add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's)")
+    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU, float16 on CUDA)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
+    add("--out", type=Path, default=Path("picture.png"), help="where the PNG goes")
+    add("--report", type=Path, metavar="DIR", help="write DIR/report.json")
+    return parser.parse_args()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for; by default this rank's share of the GPUs, or the CPU."""
+    gpus = torch.cuda.device_count()
+    if name in (None, "cuda"):
+        if name == "cuda" and not gpus:
+            raise UsageError("--device cuda: there is no CUDA device here; use --device cpu.")
+        return torch.device("cuda", place()[2] % gpus) if gpus else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {name} is not there: use cpu or cuda.") from None
+    return device
+
+
+def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Request:
+    """Options, and where none is given the checkpoint's defaults, then the family's."""
+    family, defaults = checkpoint.family, checkpoint.defaults
+
+    def either(name: str, fallback: object) -> object:
+        given = getattr(args, name)
+        return given if given is not None else defaults.get(name, fallback)
+
+    given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
+    rule = replace(PAPER_RULES[family], **{key: value for key, value in given_rule.items() if value is not None})
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
+    if args.threads < 1:
+        raise UsageError(f"--threads {args.threads} is out of range: give at least 1.")
+    return Request(
+        prompt=either("prompt", ""),
+        negative_prompt=args.negative_prompt,
+        steps=args.steps,
+        guidance=either("guidance", GUIDANCE[family]),
+        height=either("height", SIDE[family]),
+        width=either("width", SIDE[family]),
+        seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
+        sampler=args.sampler or next(iter(SAMPLERS[family])),
+        strategy=args.strategy,
+        rule=rule,
+        dtype=DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else torch.float16,
+    )
+
+
+def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request, torch.device]:
+    """Everything that can be refused is refused here, before any long work."""
+    args = parse_arguments()
+    device = choose_device(args.device)
+    checkpoint = open_checkpoint(args.weights)
+    if lacking := needs(checkpoint):
+        raise UsageError(" ".join(lacking))
+    request = make_request(args, checkpoint, device)
+    plan_request(checkpoint, request, transport.world)
+    if transport.rank == 0:
+        check_writable(args.out)
+        if args.report:
+            try:
+                args.report.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--report {args.report} cannot be made ({error.strerror}).") from None
+            check_writable(args.report / "report.json")
+    return args, checkpoint, request, device
+
+
+def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request, device: torch.device) -> None:
+    """Make the picture and say what happened."""
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    else:
+        torch.cuda.set_device(device)
+    transport.open_lanes(device)
+    speaks = transport.rank == 0
+    ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
+    if speaks:
+        print(f'{checkpoint.family} from {args.weights}, {request.strategy} on {ranks}, {device.type}: "{request.prompt}"')
+    bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
+    stage = "warm-up"
+
+    def on_step(record: StepRecord) -> None:
+        nonlocal stage
+        if record.stage != stage and speaks:
+            tqdm.write(f"step {record.step}: {stage} -> {record.stage}")
+        stage = record.stage
+        bar.set_description(stage, refresh=False)
+        bar.update()
+
+    result = generate(checkpoint, request, transport, device, on_step)
+    bar.close()
+    if speaks:
+        report = make_report(request, result, args.weights, transport.world)
+        save_picture(result.image, args.out, request.seed, settings_of(request, args.weights, transport.world))
+        if args.report:
+            save_report(report, args.report)
+        if request.strategy == "paper" and report["tau1"] is None:
+            print("the switch never came: every step was condition partitioning")
+        print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
+        print(f"bytes sent: {report['bytes_sent']['total']}")
+        print(f"seed: {request.seed}")
+        print(f"picture: {args.out}")
+
+
+def main() -> int:
+    transport = connect()
+    try:
+        prepared, problem = prepare(transport), None
+    except (UsageError, WeightsError) as error:
+        prepared, problem = None, str(error)
+    problem = next((said for said in transport.gather(problem) if said), None)  # all ranks stop if one must
+    if problem is None:
+        args, checkpoint, request, device = prepared
+        request = replace(request, seed=transport.gather(request.seed)[0])
+        try:
+            sample(transport, args, checkpoint, request, device)
+        except (UsageError, WeightsError) as error:  # found on the way, such as a full disk
+            print(f"train_free_sample.py: rank {transport.rank}: {error}", file=sys.stderr)
+            return 1
+    elif transport.rank == 0:
+        print(f"train_free_sample.py: {problem}", file=sys.stderr, flush=True)
+    transport.gather("done")  # nobody leaves before rank 0 has spoken
+    disconnect()
+    return 0 if problem is None else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
