@@ -1,0 +1,82 @@
+"""Tiny seeded denoisers and tasks, and a way to run a function on spawned gloo ranks."""
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+from hybridiff.denoise import Task, denoise
+from hybridiff.samplers import make_sampler
+from hybridiff.strategies import Settings, strategies
+from hybridiff.switching import SwitchRule
+from hybridiff.transport import Mailbox, connect, disconnect
+from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
+from models.unet import UNet, UNetConditioning, UNetConfig
+
+UNET = UNetConfig(channels=16, depths=(0, 1, 1), middle_depth=1, heads=(1, 2, 4), context_width=24, vector_width=20, groups=8)
+MMDIT = MMDiTConfig(latent_channels=4, width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=12, qk_norm=True)
+
+
+def make_task(family: str, steps: int, seed: int = 0, guidance: float = 5.0, sampler: str | None = None, cut=None) -> Task:
+    """A task on random weights; the same seed gives the same task in every process."""
+    torch.manual_seed(seed)
+    denoiser = UNet(UNET) if family == "sdxl" else MMDiT(MMDIT)
+    for tensor in denoiser.state_dict().values():  # no zeros that could hide a wrong path
+        tensor.normal_(std=0.08)
+    kind = UNetConditioning if family == "sdxl" else MMDiTConditioning
+    conditioning = {text: kind(torch.randn(1, 6, 24), torch.randn(1, 20)) for text in ("cond", "uncond")}
+    noise = torch.randn(1, 4, 8, 12)
+    cut = cut or denoiser.default_cut()
+    return Task(denoiser.eval(), cut, make_sampler(family, sampler, steps), conditioning, guidance, noise)
+
+
+def run(family: str, strategy: str, steps: int, rule: SwitchRule, transport=None, **options) -> dict:
+    """Latents after every step, stages, discrepancies and bytes, in one process or on this rank."""
+    torch.set_num_threads(1)
+    transport = transport or Mailbox()
+    task = make_task(family, steps, **options)
+    records = list(denoise(task, strategies(family)[strategy], Settings(steps, rule), transport))
+    return {
+        "latents": torch.stack([r.latents for r in records]),
+        "stages": [r.stage for r in records],
+        "discrepancies": [r.discrepancy for r in records],
+        "bytes": dict(transport.finish()),
+    }
+
+
+def on_rank(rank: int, ranks: int, port: int, folder: str, arguments: list[tuple[tuple, dict]]) -> None:
+    """Body of a spawned rank: performs every run and saves what it saw."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for i, (positional, named) in enumerate(arguments):
+        os.environ["MASTER_PORT"] = str(port + i)
+        transport = connect(timedelta(seconds=60))
+        transport.open_lanes(torch.device("cpu"))
+        torch.save(run(*positional, transport=transport, **named), Path(folder) / f"{i}-{rank}.pt")
+        disconnect()
+
+
+def free_port(count: int) -> int:
+    """The first of `count` ports in a row that are free just now."""
+    while True:
+        sockets = [socket.socket()]
+        try:
+            sockets[0].bind(("127.0.0.1", 0))
+            port = sockets[0].getsockname()[1]
+            for i in range(1, count):
+                sockets.append(socket.socket())
+                sockets[-1].bind(("127.0.0.1", port + i))
+            return port
+        except OSError:
+            continue
+        finally:
+            for s in sockets:
+                s.close()
+
+
+def run_on_ranks(folder: Path, arguments: list[tuple[tuple, dict]], ranks: int = 2) -> list[list[dict]]:
+    """For each set of arguments of `run`, the results of all ranks, from one set of spawned processes."""
+    mp.spawn(on_rank, (ranks, free_port(len(arguments)), str(folder), arguments), nprocs=ranks)
+    return [[torch.load(folder / f"{i}-{rank}.pt") for rank in range(ranks)] for i in range(len(arguments))]
