@@ -1,5 +1,6 @@
 """Prompt -> conditioning -> latents -> image, with the seconds of each phase."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Callable
@@ -76,6 +77,8 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[
     for name, value, least in (("window", rule.window, 1), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
+    if not math.isfinite(request.guidance):
+        raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
     return strategy, make_sampler(checkpoint.family, request.sampler, request.steps)
 

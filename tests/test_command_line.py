@@ -1,0 +1,122 @@
+"""The command line as a user meets it: pictures, reports and refusals, in one process and under torchrun."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_free_sample
+
+SCRIPT = Path(train_free_sample.__file__)
+STAGES = ["warm-up", "parallelism", "fully-connecting"]
+
+
+def call(monkeypatch, *options: str) -> int:
+    """The script in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    return train_free_sample.main()
+
+
+def torchrun(*options: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    """The script on ranks of its own."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*launch, str(SCRIPT), *options], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("weights", ["demo-sdxl", "demo-sd3"])
+def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatch, capsys):
+    """`equal` pixels for `paper`; the report and the PNG's metadata hold what they should."""
+    options = ["--weights", weights, "--seed", "3", "--steps", "12", "--cap", "4", "--interval", "3"]
+    ran = torchrun(*options, "--out", str(tmp_path / "two.png"), "--report", str(tmp_path / "two"))
+    assert ran.returncode == 0, ran.stderr
+    assert call(monkeypatch, *options, "--out", str(tmp_path / "one.png"), "--report", str(tmp_path / "one")) == 0
+    said = capsys.readouterr().out
+    two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
+    assert two.size == (128, 128) and two.tobytes() == one.tobytes()
+    assert two.text["seed"] == "3" and json.loads(two.text["settings"])["cap"] == 4 and two.text["prompt"]
+
+    report, played = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("two", "one"))
+    assert [step["stage"] for step in report["steps"]] == [STAGES[0]] * 4 + [STAGES[1]] * 4 + [STAGES[2]] * 4
+    assert (report["tau1"], report["tau2"], report["seed"]) == (4, 7, 3)
+    assert [step["discrepancy"] is None for step in report["steps"]] == [False] * 4 + [True] * 4 + [False] * 4
+    assert report["bytes_sent"] == played["bytes_sent"]
+    assert report["bytes_sent"]["total"] == sum(report["bytes_sent"]["by_operation"].values()) > 0
+    assert {"load", "text", "decode", *STAGES} <= report["seconds"].keys()
+    for text in (said, ran.stdout):
+        assert "seed: 3" in text and "bytes sent: " in text and "picture: " in text
+    assert "warm-up -> parallelism" in ran.stdout and ran.stderr.count("fully-connecting") > 0
+
+
+def test_serial_equals_condition_on_two_ranks(tmp_path, monkeypatch):
+    """`equal` pixels, with a negative prompt, a non-square size and no report."""
+    options = ["--seed", "5", "--steps", "6", "--prompt", "a green star on a white background", "--negative-prompt", "red"]
+    options += ["--height", "160", "--width", "96", "--sampler", "euler"]
+    ran = torchrun(*options, "--strategy", "condition", "--out", str(tmp_path / "two.png"))
+    assert ran.returncode == 0, ran.stderr
+    assert call(monkeypatch, *options, "--strategy", "serial", "--out", str(tmp_path / "one.png")) == 0
+    two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
+    assert two.size == (96, 160) and two.tobytes() == one.tobytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]  # nothing half-written is left
+
+
+def test_never_switched_is_null_and_said(tmp_path, monkeypatch, capsys):
+    options = ["--seed", "1", "--steps", "3", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
+    assert call(monkeypatch, *options) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tau1"] is None and report["tau2"] is None
+    assert "never came" in capsys.readouterr().out
+
+
+def test_a_seed_is_drawn_and_makes_the_picture_again(tmp_path, monkeypatch):
+    """`equal` pixels from the seed stored in the PNG."""
+    assert call(monkeypatch, "--steps", "2", "--out", str(tmp_path / "a.png")) == 0
+    first = Image.open(tmp_path / "a.png")
+    assert call(monkeypatch, "--steps", "2", "--seed", first.text["seed"], "--out", str(tmp_path / "b.png")) == 0
+    assert first.tobytes() == Image.open(tmp_path / "b.png").tobytes()
+
+
+REFUSED = [
+    ("--strategy", "fast"), ("--sampler", "heun"), ("--sampler", "flow"), ("--weights", "nothing-here"),
+    ("--weights", "demo-sd3", "--sampler", "ddim"), ("--height", "100"), ("--width", "0"), ("--height", "-32"),
+    ("--weights", "demo-sd3", "--height", "100000"), ("--steps", "0"), ("--steps", "-3"), ("--steps", "1000"),
+    ("--steps", "many"), ("--guidance", "nan"), ("--window", "0"), ("--cap", "0"), ("--interval", "-1"),
+    ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=" ".join)
+def test_refused_in_one_sentence(options, tmp_path, monkeypatch, capsys):
+    """Exit status 2, one line on stderr, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *options) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.strip().splitlines()) == 1 and len(said.err) > 40
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["missing/p.png", ".", "file/p.png"])
+def test_unwritable_output(out, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "--out", out) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "ranks, options",
+    [(2, ("--strategy", "serial")), (2, ("--strategy", "batched")), (3, ()), (2, ("--out", "/dev/null/p.png"))],
+)
+def test_refused_on_every_rank(ranks, options, tmp_path):
+    """Rank 0 speaks once; no rank ends well (torchrun may end the last ones itself); no traceback but torchrun's own."""
+    ran = torchrun(*options, ranks=ranks)
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("train_free_sample.py: ")]
+    assert ran.returncode != 0 and len(lines) == 1
+    codes = re.findall(r"exitcode  : (-?\d+)", ran.stderr)
+    assert len(codes) == ranks and set(codes) <= {"2", "-15"}
+    assert str(SCRIPT) + '", line' not in ran.stderr
