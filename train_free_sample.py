@@ -21,7 +21,7 @@ from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, generate, p
 from hybridiff.report import check_writable, make_report, save_picture, save_report, settings_of
 from hybridiff.samplers import SAMPLERS
 from hybridiff.transport import Transport, connect, disconnect, place
-from weights.describe import needs
+from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,6 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id")
+    add("--check", action="store_true", help="only say what the checkpoint holds and lacks (reads headers, no tensors)")
+    add("--text-encoders", nargs="+", default=(), metavar="FILE", help="clip_l, clip_g, t5xxl in files of their own")
+    add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
+    add("--no-t5", action="store_true", help="leave T5 out (SD3)")
     add("--prompt", help="what to draw (default: the demo's own prompt)")
     add("--negative-prompt", help="what to keep out")
     add("--steps", type=int, default=50)
@@ -103,11 +107,15 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     )
 
 
-def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request, torch.device]:
-    """Everything that can be refused is refused here, before any long work."""
+def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
+    """Everything that can be refused is refused here, before any long work. No request where only --check is asked for."""
     args = parse_arguments()
     device = choose_device(args.device)
-    checkpoint = open_checkpoint(args.weights)
+    checkpoint = open_checkpoint(args.weights, args.text_encoders, args.t5_tokenizer)
+    if args.no_t5:
+        checkpoint.leave_out("t5")
+    if args.check:
+        return args, checkpoint, None, device
     if lacking := needs(checkpoint):
         raise UsageError(" ".join(lacking))
     request = make_request(args, checkpoint, device)
@@ -167,7 +175,13 @@ def main() -> int:
     except (UsageError, WeightsError) as error:
         prepared, problem = None, str(error)
     problem = next((said for said in transport.gather(problem) if said), None)  # all ranks stop if one must
-    if problem is None:
+    status = 0 if problem is None else 2
+    if problem is None and prepared[2] is None:
+        checkpoint = prepared[1]
+        status = 1 if needs(checkpoint) else 0
+        if transport.rank == 0:
+            print(describe(checkpoint, t5=not prepared[0].no_t5))
+    elif problem is None:
         args, checkpoint, request, device = prepared
         request = replace(request, seed=transport.gather(request.seed)[0])
         try:
@@ -179,7 +193,7 @@ def main() -> int:
         print(f"train_free_sample.py: {problem}", file=sys.stderr, flush=True)
     transport.gather("done")  # nobody leaves before rank 0 has spoken
     disconnect()
-    return 0 if problem is None else 2
+    return status
 
 
 if __name__ == "__main__":

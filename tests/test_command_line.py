@@ -120,3 +120,20 @@ def test_refused_on_every_rank(ranks, options, tmp_path):
     codes = re.findall(r"exitcode  : (-?\d+)", ran.stderr)
     assert len(codes) == ranks and set(codes) <= {"2", "-15"}
     assert str(SCRIPT) + '", line' not in ran.stderr
+
+
+def test_check_says_what_is_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "--weights", "demo-sd3", "--check") == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("denoiser", "vae", "clip_l", "clip_g", "t5", "Nothing is missing"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sd3_without_t5(monkeypatch, tmp_path):
+    """Another picture than with T5, but a picture."""
+    options = ["--weights", "demo-sd3", "--steps", "3", "--seed", "1", "--out"]
+    assert call(monkeypatch, *options, str(tmp_path / "with.png")) == 0
+    assert call(monkeypatch, *options, str(tmp_path / "without.png"), "--no-t5") == 0
+    pictures = [Image.open(tmp_path / name).tobytes() for name in ("with.png", "without.png")]
+    assert pictures[0] != pictures[1]

@@ -45,6 +45,10 @@ class Checkpoint:
         """Names of the parts that are there, in the order of PARTS."""
         return tuple(self.fitted)
 
+    def leave_out(self, name: str) -> None:
+        """Go on as if there were no such part (T5 can be done without)."""
+        self.fitted.pop(name, None)
+
     def part(self, name: str) -> Fitted:
         """A part as its header describes it; WeightsError if it is not there."""
         if name not in self.fitted:
