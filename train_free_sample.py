@@ -20,6 +20,7 @@ from hybridiff.errors import UsageError
 from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, generate, plan_request
 from hybridiff.report import check_writable, make_report, save_picture, save_report, settings_of
 from hybridiff.samplers import SAMPLERS
+from hybridiff.switching import find_switch
 from hybridiff.transport import Transport, connect, disconnect, place
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
@@ -143,14 +144,15 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     if speaks:
         print(f'{checkpoint.family} from {args.weights}, {request.strategy} on {ranks}, {device.type}: "{request.prompt}"')
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
-    stage = "warm-up"
+    seen: list[StepRecord] = []
 
     def on_step(record: StepRecord) -> None:
-        nonlocal stage
-        if record.stage != stage and speaks:
-            tqdm.write(f"step {record.step}: {stage} -> {record.stage}")
-        stage = record.stage
-        bar.set_description(stage, refresh=False)
+        if speaks and seen and record.stage != seen[-1].stage:
+            switch = find_switch([earlier.discrepancy for earlier in seen], request.rule)
+            why = f"tau1 = {switch.tau1} by {switch.reason}, tau2 = {switch.tau2}"
+            tqdm.write(f"step {record.step}: {seen[-1].stage} -> {record.stage} ({why})")
+        seen.append(record)
+        bar.set_description(record.stage, refresh=False)
         bar.update()
 
     result = generate(checkpoint, request, transport, device, on_step)

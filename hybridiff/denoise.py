@@ -127,7 +127,7 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
     """
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank]
     workers = {rank: Worker(rank, task, transport) for rank in here}
-    history: list[Tensor | None] = []  # discrepancies; those that decide are the same bits on every rank
+    history: list[float | None] = []  # discrepancies; those that decide are the same bits on every rank
     for i in range(settings.steps):
         start = time.perf_counter()
         plan = strategy.plan(i, history, settings)
@@ -135,16 +135,17 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
         for rank, operation in interleave(lists, lambda receive, rank: transport.arrived(receive.source, rank)):
             workers[rank].perform(operation, i)
         first = workers[here[0]]
-        history.append(first.store.pop(DISCREPANCY, None))
+        measured = first.store.pop(DISCREPANCY, None)
+        history.append(None if measured is None else float(measured))  # the one scalar that the host waits for
         if task.noise.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # so that the seconds of pipelined steps are true
         seconds = time.perf_counter() - start
         yield record(i, plan.stage, history, settings, seconds, first.latents)
 
 
-def record(i: int, stage: Stage, history: list, settings: Settings, seconds: float, latents: Tensor) -> StepRecord:
+def record(i: int, stage: Stage, history: list[float | None], settings: Settings, seconds: float, latents: Tensor) -> StepRecord:
     """The step's record, with the slope where the last `window` discrepancies are known."""
     window = settings.rule.window
     known = i >= window and history[i] is not None and history[i - window + 1] is not None
     fall = average_fall(history, i, window) if known else None
-    return StepRecord(i, stage, None if history[i] is None else float(history[i]), fall, seconds, latents)
+    return StepRecord(i, stage, history[i], fall, seconds, latents)

@@ -40,7 +40,7 @@ def average_fall(history: Sequence[float], step: int, window: int) -> float | No
     """G (Eq. 2) at a step: (M[step - L + 1] - M[step]) / L, positive while M falls; None before step L."""
     if step < window:
         return None
-    return (float(history[step - window + 1]) - float(history[step])) / window
+    return (history[step - window + 1] - history[step]) / window
 
 
 def find_switch(history: Sequence[float], rule: SwitchRule) -> Switch | None:

@@ -5,7 +5,7 @@ in steps 0..step-1 (as far as they are shared by all ranks).
 """
 
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 from hybridiff.schedule import StepPlan
 from hybridiff.strategies.condition import condition
@@ -17,7 +17,7 @@ from hybridiff.strategies.one_device import batched, serial
 class Strategy(NamedTuple):
     """A strategy and the number of ranks that it is written for."""
 
-    plan: Callable[[int, Sequence[Any], Settings], StepPlan]
+    plan: Callable[[int, Sequence[float | None], Settings], StepPlan]
     ranks: int
 
 

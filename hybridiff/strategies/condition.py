@@ -1,6 +1,6 @@
 """Condition-based partitioning (paper, Sec. 4.1): one branch a rank. Equal to serial, at half its time."""
 
-from typing import Any, Sequence
+from typing import Sequence
 
 from hybridiff.schedule import DISCREPANCY, GUIDED, Guide, Measure, Operation, Receive, Run, Send, Step, StepPlan, prediction
 from hybridiff.strategies.settings import Settings
@@ -20,6 +20,6 @@ def guided_step(before: Sequence[Sequence[Operation]], tell: bool) -> tuple[tupl
     return (*rank0, Guide(), Step(GUIDED)), (*rank1, Guide(), Step(GUIDED))
 
 
-def condition(step: int, history: Sequence[Any], settings: Settings) -> StepPlan:
+def condition(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
     """Rank 0 evaluates the network without the prompt, rank 1 with it; one exchange a step."""
     return StepPlan("warm-up", guided_step([[Run("whole", "uncond")], [Run("whole", "cond")]], tell=False))

@@ -1,18 +1,18 @@
 """The two baselines on one device."""
 
-from typing import Any, Sequence
+from typing import Sequence
 
 from hybridiff.schedule import GUIDED, Guide, Measure, Run, Step, StepPlan
 from hybridiff.strategies.settings import Settings
 
 
-def serial(step: int, history: Sequence[Any], settings: Settings) -> StepPlan:
+def serial(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
     """Both branches one after the other at batch 1: the exact reference."""
     operations = (Run("whole", "uncond"), Run("whole", "cond"), Measure(), Guide(), Step(GUIDED))
     return StepPlan("warm-up", (operations,))
 
 
-def batched(step: int, history: Sequence[Any], settings: Settings) -> StepPlan:
+def batched(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
     """Both branches in one batch: the usual baseline. Close to serial, not equal: kernels round by batch size."""
     operations = (Run("whole", "both"), Measure(), Guide(), Step(GUIDED))
     return StepPlan("warm-up", (operations,))

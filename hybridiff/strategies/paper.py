@@ -6,7 +6,7 @@ these steps, rank 1's, and no guidance: that is what the released code computes,
 The first of these steps fills the pipeline: rank 1 runs the whole network.
 """
 
-from typing import Any, Sequence
+from typing import Sequence
 
 from hybridiff.schedule import Receive, Run, Send, Step, StepPlan, entry, inner, prediction
 from hybridiff.strategies.condition import guided_step
@@ -26,7 +26,7 @@ def guided_stage(step: int, switch: Switch | None) -> StepPlan | None:
     return StepPlan(stage, guided_step(whole, tell=switch is None))
 
 
-def paper_nested(step: int, history: Sequence[Any], settings: Settings) -> StepPlan:
+def paper_nested(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
     """The U-Net: rank 0 owns the inner part (without the prompt), rank 1 entry and exit (with it).
 
     In step i rank 0 runs the inner part on rank 1's entry features of step i-1, and rank 1 runs entry and exit around rank 0's
@@ -50,7 +50,7 @@ def paper_nested(step: int, history: Sequence[Any], settings: Settings) -> StepP
     return StepPlan("parallelism", (tuple(rank0), tuple(rank1)))
 
 
-def paper_halves(step: int, history: Sequence[Any], settings: Settings) -> StepPlan:
+def paper_halves(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
     """The MMDiT: rank 0 owns the first half of the blocks (without the prompt), rank 1 the second half (with it).
 
     In step i rank 1 runs its half on the tokens, image and text, that rank 0 made in step i-1. (The released code freezes them
