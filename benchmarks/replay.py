@@ -1,9 +1,9 @@
 """Replays recorded runs of the released code and compares every step: `python benchmarks/replay.py DIR`.
 
-A recording is NAME.hybrid.json (two ranks, the three stages) or NAME.serial.json (one process) with NAME.hybrid.safetensors
-or NAME.serial.safetensors beside it: settings, inputs, latents after every step. The JSON names its model: MODEL.safetensors
-and MODEL.config.json in the same folder, in Hugging Face naming. One process plays all ranks, in fp32 on the CPU. Exit
-status: 0 if all agree, 1 if one does not or there is none, 2 if DIR is no folder.
+A recording is NAME.hybrid.json (two ranks, the three stages) or NAME.serial.json (one process), and the safetensors
+file of the same name beside it: settings, inputs, latents after every step. The JSON names its model, MODEL.safetensors
+and MODEL.config.json in the same folder, in Hugging Face naming. One process plays all ranks, in fp32 on the CPU.
+Exit status: 0 if all agree, 1 if one does not or there is none, 2 if DIR is no folder.
 """
 
 import argparse
@@ -51,10 +51,11 @@ class Recording:
 
     @property
     def frozen(self) -> bool:
-        """Whether it shows the released SD3 boundary, off by one, in steps after the filling one, where it matters."""
+        """Whether it uses the released SD3 boundary, off by one: every pipelined step but the filling one does."""
         patch = str(self.facts.get("reference_patch") or "").lower()
         mended = "boundary" in patch or "comm_index" in patch
-        return self.hybrid and self.facts["model_kind"] == "sd3" and not mended and len(self.pipelined or "??") > 1
+        used = self.pipelined is None or len(self.pipelined) > 1
+        return self.hybrid and self.facts["model_kind"] == "sd3" and not mended and used
 
     @property
     def pipelined(self) -> list[int] | None:
@@ -65,13 +66,8 @@ class Recording:
         return [step for step in steps if step < self.facts["num_inference_steps"]]
 
 
-def read(path: Path) -> Recording:
-    """The recording whose JSON file this is."""
-    return Recording(path, json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors")))
-
-
 def load_denoiser(folder: Path, model: str, family: str) -> torch.nn.Module:
-    """The network in fp32, through the ordinary loader: the two files are linked into a folder of Hugging Face layout."""
+    """The network in fp32, by the ordinary loader: the two files are linked into a folder of Hugging Face layout."""
     with tempfile.TemporaryDirectory() as home:
         place = Path(home) / FOLDERS[family]
         place.mkdir()
@@ -88,7 +84,7 @@ def build_sampler(facts: dict) -> Sampler:
 
 
 def conditioning(recording: Recording, size_width: int) -> dict:
-    """Both branches as the network takes them; SDXL's vector is the pooled text, then six sinusoids `size_width` wide."""
+    """Both branches as the network takes them; SDXL's vector: pooled text, then six sinusoids `size_width` wide."""
     branches = {}
     for text in ("cond", "uncond"):
         embedding, pooled = recording.tensors[f"prompt_embeds_{text}"], recording.tensors[f"pooled_{text}"]
@@ -120,6 +116,11 @@ def error(ours: Tensor, recorded: Tensor) -> float:
     return difference.nan_to_num(float("inf")).item()
 
 
+def ratio_error(ours: float | None, recorded: float) -> float:
+    """Relative error of a discrepancy; infinite where ours has none."""
+    return float("inf") if ours is None else abs(ours - recorded) / abs(recorded)
+
+
 def replay(recording: Recording) -> tuple[bool, str]:
     """Play one recording; whether all agrees, and a line of figures."""
     facts, tensors = recording.facts, recording.tensors
@@ -138,13 +139,13 @@ def replay(recording: Recording) -> tuple[bool, str]:
     if len(tensors["latents"]) != steps:
         raise UsageError(f"it holds the latents of {len(tensors['latents'])} steps out of {steps}.")
     latents = [error(record.latents, recorded) for record, recorded in zip(records, tensors["latents"])]
-    measured = [(record.discrepancy, m) for record, m in zip(records, facts.get("mae_log") or []) if m]  # 0: pipelined
-    discrepancies = [abs((m if ours is None else ours) / m - 1) if ours is not None else float("inf") for ours, m in measured]
+    log = facts.get("mae_log") or []  # 0 where nothing was measured
+    discrepancies = [ratio_error(record.discrepancy, m) for record, m in zip(records, log) if m]
+    errors = {"latents": latents, "discrepancies": discrepancies, "schedule": schedule}
+    wrong = [f"{name} off" for name, values in errors.items() if not max(values, default=0.0) <= LIMIT]
     worst = max(range(steps), key=latents.__getitem__)
     figures = f"latents {latents[worst]:.1e} (step {worst}), discrepancy {max(discrepancies, default=0.0):.1e}"
     figures += f", schedule {max(schedule):.1e}"
-    wrong = [f"{name} off" for name, errors in (("latents", latents), ("discrepancies", discrepancies), ("schedule", schedule))
-             if not max(errors, default=0.0) <= LIMIT]  # fmt: skip
     if recording.hybrid:
         switch = find_switch([record.discrepancy for record in records], rule)
         for name in ("tau1", "tau2"):
@@ -173,13 +174,14 @@ def main() -> int:
     for path in paths:
         name = path.name.removesuffix(".json")
         try:
-            recording = read(path)
+            facts, tensors = json.loads(path.read_text("utf-8")), load_file(path.with_suffix(".safetensors"))
+            recording = Recording(path, facts, tensors)
             if recording.frozen:
-                print(f"{name}: not followed: SD3's frozen boundary (see the README); not counted", flush=True)
+                print(f"{name}: not followed: the released code's frozen SD3 boundary; not counted", flush=True)
                 continue
             good, line = replay(recording)
-        except (KeyError, TypeError, AttributeError) as problem:
-            good, line = False, f"cannot be replayed: the recording is not complete ({type(problem).__name__}: {problem})"
+        except (LookupError, TypeError, AttributeError) as problem:
+            good, line = False, f"cannot be replayed: not complete or not a recording ({problem!r})"
         except (OSError, ValueError, RuntimeError, SafetensorError, WeightsError, UsageError) as problem:
             good, line = False, f"cannot be replayed: {problem}"
         counted, agreed = counted + 1, agreed + good

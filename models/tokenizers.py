@@ -1,15 +1,16 @@
-"""Prompt text to token ids: CLIP's byte-pair encoding (package `tokenizers`) and T5's SentencePiece model.
+"""Prompt text to token ids: CLIP's byte-pair encoding and T5's unigram model, both by the package `tokenizers`.
 
 Both give one row of fixed length, [1, length], which is what the diffusion models were trained on. (Inside this file
 `import tokenizers` means the package: Python 3 imports are absolute.)
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 from torch import LongTensor
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -24,12 +25,21 @@ def fixed_row(ids: list[int], length: int, end: int, pad: int) -> LongTensor:
 
 
 class CLIPTokenizer:
-    """CLIP BPE from a Hugging Face `vocab.json` and `merges.txt`; `pad` is 0 for bigG, the end token for CLIP-L."""
+    """CLIP BPE from a vocabulary (token -> id) and its merges in order; `pad` is 0 for bigG, the end token for CLIP-L.
 
-    def __init__(self, vocab_file: str | Path, merges_file: str | Path, length: int = 77, pad: int | None = None):
-        bpe = BPE.from_file(str(vocab_file), str(merges_file), end_of_word_suffix="</w>", unk_token=CLIP_END)
-        self.tokenizer = Tokenizer(bpe)
-        self.tokenizer.add_special_tokens([CLIP_START, CLIP_END])  # recognised in the text too
+    `special`: tokens that are recognised anywhere in the text, besides start and end.
+    """
+
+    def __init__(
+        self,
+        vocabulary: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        length: int = 77,
+        pad: int | None = None,
+        special: Sequence[str] = (),
+    ):
+        self.tokenizer = Tokenizer(BPE(vocabulary, list(merges), end_of_word_suffix="</w>", unk_token=CLIP_END))
+        self.tokenizer.add_special_tokens([CLIP_START, CLIP_END, *special])
         self.tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -42,6 +52,11 @@ class CLIPTokenizer:
         self.start, self.end = (self.tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
         self.pad = self.end if pad is None else pad
 
+    @classmethod
+    def from_files(cls, vocab_file: str | Path, merges_file: str | Path, *rest, **options) -> "CLIPTokenizer":
+        """From a Hugging Face `vocab.json` and `merges.txt`."""
+        return cls(*BPE.read_file(str(vocab_file), str(merges_file)), *rest, **options)
+
     def __call__(self, text: str) -> LongTensor:
         """Token ids [1, length]: start, text (cut if too long), end, padding."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -49,16 +64,58 @@ class CLIPTokenizer:
 
 
 class T5Tokenizer:
-    """T5's unigram SentencePiece model (`spiece.model`): text, end token 1, padding 0; there is no start token.
+    """T5's unigram model from `spiece.model`: text, end token 1, padding 0; there is no start token.
 
-    Ids equal those of transformers' T5TokenizerFast but for rare prompts: that one normalises a character together with
-    the marks or joiners that follow it and may drop these, splits at U+0085, and reads `</s>` as the end token.
+    Built by the rules of the official `tokenizer.json`, whose ids differ from sentencepiece's own in rare prompts (marks
+    after a character, U+0085, a literal `</s>`). `extra_ids`: number of tokens <extra_id_i> that follow the pieces, the
+    last first.
     """
 
-    def __init__(self, model_file: str | Path, length: int = 77):
-        self.processor = SentencePieceProcessor(model_file=str(model_file))
-        self.length = length
+    def __init__(self, model_file: str | Path, length: int = 77, extra_ids: int = 0):
+        model = Path(model_file).read_bytes()
+        processor = SentencePieceProcessor(model_proto=model)  # refuses what is no such model
+        pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
+        extra = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
+        self.words, self.length = len(pieces), length
+        self.tokenizer = Tokenizer(Unigram(pieces + [(token, 0.0) for token in extra], unk_id=2, byte_fallback=False))
+        self.tokenizer.add_special_tokens([piece for piece, _ in pieces[:3]] + extra)  # <pad>, </s>, <unk>
+        if rules := character_map(model):
+            self.tokenizer.normalizer = normalizers.Precompiled(rules)
+        spaces = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
 
     def __call__(self, text: str) -> LongTensor:
         """Token ids [1, length]: text (cut if too long), end, padding."""
-        return fixed_row(self.processor.encode(text), self.length, end=1, pad=0)
+        return fixed_row(self.tokenizer.encode(text, add_special_tokens=False).ids, self.length, end=1, pad=0)
+
+
+def character_map(model: bytes) -> bytes:
+    """The compiled normalisation rules of a SentencePiece model: ModelProto.normalizer_spec.precompiled_charsmap.
+
+    Field numbers: sentencepiece_model.proto of google/sentencepiece.
+    """
+    return dict(fields(dict(fields(model)).get(3, b""))).get(2, b"")
+
+
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a well-formed protobuf message; spares a dependency on protobuf."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        size = {0: 0, 1: 8, 5: 4}.get(key & 7)  # wire types: varint, 64 bit, 32 bit; else length-delimited
+        if size == 0:
+            yield key >> 3, varint()
+            continue
+        size = varint() if size is None else size
+        at += size
+        yield key >> 3, message[at - size : at]

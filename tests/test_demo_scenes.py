@@ -47,7 +47,7 @@ def test_render_paints_the_colours(shape):
 
 def test_captions_name_what_is_there_and_fit_the_encoders():
     """Every caption fits 24 positions of each encoder, one token a word."""
-    clip = CLIPTokenizer(DEMO / "vocab.json", DEMO / "merges.txt", 24)
+    clip = CLIPTokenizer.from_files(DEMO / "vocab.json", DEMO / "merges.txt", 24)
     t5 = T5Tokenizer(DEMO / "spiece.model", 24)
     for scene, caption in SCENES:
         words = caption.replace(",", " ,").split()

@@ -1,8 +1,8 @@
 """The whole of `serial`, prompt to pixels, against diffusers' pipelines in fp32 on small random checkpoints.
 
 Latents are `close` to 1e-4 relative and pixels to 1/255 (sums run in another order there: both branches in one batch);
-the two layouts of one checkpoint are `equal`. No prompt here holds "!": the official tokenizer_2 declares it as padding,
-so that diffusers reads it as id 0 instead of the vocabulary's word.
+the two layouts of one checkpoint are `equal`. No prompt here holds "!": the official tokenizer_2 declares it as its
+padding, so that diffusers takes it for id 0 and not for the vocabulary's word.
 """
 
 import functools
@@ -39,8 +39,8 @@ torch.set_num_threads(1)
 FACTOR, CHANNELS = 4, {"sdxl": 4, "sd3": 16}  # of the autoencoders in small.py
 TEXT, NEGATIVE = "a red circle on blue", "a green square"
 LONG = "a small yellow triangle above two large red circles and a green square on a dark blue ground, " * 15
-DEFAULT = Request(prompt=TEXT, negative_prompt=NEGATIVE, steps=4, guidance=5.0, height=40, width=40, seed=3, sampler=None,
-                  strategy="serial", rule=PAPER_RULES["sdxl"], dtype=torch.float32)  # fmt: skip
+DEFAULT = Request(prompt=TEXT, negative_prompt=NEGATIVE, steps=4, guidance=5.0, height=40, width=40, seed=3,
+                  sampler=None, strategy="serial", rule=PAPER_RULES["sdxl"], dtype=torch.float32)  # fmt: skip
 WIDE, TALL = dict(height=24, width=72), dict(height=56, width=40)
 NONE, EMPTY = dict(negative_prompt=None), dict(negative_prompt="")
 CASES = [  # checkpoint, what is asked for
@@ -76,7 +76,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("sd3 without T5", "sd3 projected", "sd3 shifted"):
         found[name] = shutil.copytree(found["sd3"], home / name)
     shutil.rmtree(found["sd3 without T5"] / "text_encoder_3")
-    project(found["sd3 projected"] / "text_encoder", torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) / 8)
+    projection = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) / 8
+    project(found["sd3 projected"] / "text_encoder", projection)
     FlowMatchEulerDiscreteScheduler(shift=1.7).save_pretrained(found["sd3 shifted"] / "scheduler")
     return found
 
@@ -94,9 +95,11 @@ def pipeline_of(folder: Path) -> StableDiffusionXLPipeline | StableDiffusion3Pip
     read, length = transformers.CLIPTokenizerFast.from_pretrained, dict(model_max_length=CLIP["positions"])
     plain, projected = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
     parts = dict(
-        vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder_2=projected.from_pretrained(folder / "text_encoder_2"),
-        tokenizer=read(folder / "tokenizer", **length), tokenizer_2=read(folder / "tokenizer_2", pad_token="!", **length),
-    )  # fmt: skip
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder_2=projected.from_pretrained(folder / "text_encoder_2"),
+        tokenizer=read(folder / "tokenizer", **length),
+        tokenizer_2=read(folder / "tokenizer_2", **length, pad_token="!"),
+    )
     if (folder / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(folder / "unet")
         parts |= dict(unet=unet, text_encoder=plain.from_pretrained(folder / "text_encoder"))
@@ -143,7 +146,6 @@ def test_serial_is_close_to_diffusers(folders: dict[str, Path], name: str, optio
     asked = replace(DEFAULT, **options)
     result = ours(folders[name], asked)
     latents, image = theirs(folders[name], asked, latents=noise_of(name.split()[0], asked))
-    print("FIG", relative(result.records[-1].latents, latents), (result.image - image).abs().max().item() - 0.5, image.std().item(), image.min().item(), image.max().item())
     assert relative(result.records[-1].latents, latents) <= 1e-4
     assert (result.image - image).abs().max() <= 0.5 + 0.05
 
@@ -163,13 +165,10 @@ def test_what_is_compared_matters(folders: dict[str, Path]):
         return ours(folders[name], replace(DEFAULT, **options)).records[-1].latents
 
     for family in CHANNELS:
-        for options in (dict(prompt=""), dict(prompt=LONG), NONE, EMPTY, dict(seed=4)):
-            print("MOVE", family, options, relative(latents(family, **options), latents(family)))
+        for options in (dict(prompt=""), dict(prompt=LONG), NONE, EMPTY):
             assert relative(latents(family, **options), latents(family)) > 1e-2
     for name in ("without T5", "projected", "shifted"):
-        print("MOVE", name, relative(latents(f"sd3 {name}"), latents("sd3")))
         assert relative(latents(f"sd3 {name}"), latents("sd3")) > 1e-2
-    print("MOVE", relative(latents("sdxl", **NONE), latents("sdxl", **EMPTY)))
     assert relative(latents("sdxl", **NONE), latents("sdxl", **EMPTY)) > 1e-2
     assert torch.equal(latents("sd3", **NONE), latents("sd3", **EMPTY))
 
@@ -187,8 +186,8 @@ def test_sdxl_without_a_negative_prompt_is_told_zeros(folders: dict[str, Path]):
 def test_both_layouts_are_equal(name: str, tmp_path: Path):
     """`equal`: the latents after every step, and the image.
 
-    Stored in fp16, as the official files are: weights that are used in the file's own dtype stay where the file has them,
-    and matrix products differ in the last bit with the place in memory (4e-7 relative here).
+    Stored in fp16, as the official files are. Weights that are used in the file's own dtype stay where the file has
+    them, and products with matrices differ in the last bit with the place in memory (1e-6 relative here).
     """
     family = name.split()[0]
     states = random_states(family, torch.float16)

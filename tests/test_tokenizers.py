@@ -1,4 +1,7 @@
-"""Tokenizers against transformers on a few hundred seeded strings; every comparison of ids is `equal`."""
+"""Tokenizers against transformers on thousands of seeded strings; every comparison of ids is `equal`.
+
+benchmarks/tokenizer_ids.py does the same with as many strings as one likes.
+"""
 
 import io
 import json
@@ -15,7 +18,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from models.tokenizers import CLIPTokenizer, T5Tokenizer
+from models.clip import CLIPConfig
+from models.tokenizers import CLIPTokenizer, T5Tokenizer, character_map
+from weights.find import DEMO_FOLDER
+from weights.tokenizers import T5_EXTRA, clip_tokenizer, packed_clip
 
 WORDS = (
     r"a photo of the quick brown fox's isn't we'LL THEY'VE 'S 't 1234 42nd 3.14 ! !! ?! ... # #version </w> <|end _"
@@ -33,7 +39,9 @@ WORDS = (
 ]
 SPACES = [" ", " ", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2028", "\x0b", "\ufeff", ""]
 FIXED = ["", " ", "!", "! a !", "\n", "a", "a photo of a cat", "word " * 500, "x" * 3000, "\U0001f44d" * 200]
-CLIP_WORDS = WORDS + ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "o\u0302\u0323", "\x85", "\u200d", "\x00"]
+WORDS += ["o\u0302\u0323", "\x85", "\u200d", "\x00", "\u1100\u1161\u11a8", "\u0e01\u0e33", "a\u0301\u0323\u0308\u200d"]
+WORDS += ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "</s>", "<pad>", "<unk>", "<s>", "</S>", "<extra_id_0>",
+          "<extra_id_99>", "<extra_id_100>"]  # fmt: skip
 
 
 def random_character(rng: random.Random) -> str:
@@ -44,21 +52,14 @@ def random_character(rng: random.Random) -> str:
             return character
 
 
-def is_plain(character: str) -> bool:
-    """Not a mark, joiner or Hangul vowel, which would join the character before it, and no control character."""
-    joins = unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf", "Cc", "Sk") or "\u1160" <= character <= "\u11ff"
-    return not joins
-
-
-def strings(words: list[str], plain: bool, count: int = 400) -> Iterator[str]:
-    """The fixed strings, then words and odd white space, then words glued to random characters."""
-    rng = random.Random(0)
+def strings(count: int, seed: int = 0) -> Iterator[str]:
+    """The fixed strings, then words and odd white space, then words glued to random characters, marks and joiners."""
+    rng = random.Random(seed)
     yield from FIXED
-    for _ in range(count // 2):
-        yield "".join(rng.choice(words) + rng.choice(SPACES) for _ in range(rng.randrange(60)))
-    for _ in range(count // 2):
-        characters = [random_character(rng) for _ in range(rng.randrange(80))]
-        parts = [c for c in characters if is_plain(c) or not plain] + rng.choices(words, k=5) + rng.choices(SPACES, k=5)
+    for _ in range((count - len(FIXED)) // 2):
+        yield "".join(rng.choice(WORDS) + rng.choice(SPACES) for _ in range(rng.randrange(40)))
+    for _ in range((count - len(FIXED) + 1) // 2):
+        parts = [random_character(rng) for _ in range(rng.randrange(60))] + rng.choices(WORDS + SPACES, k=10)
         rng.shuffle(parts)
         yield "".join(parts)
 
@@ -103,65 +104,106 @@ def t5_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a serialized protobuf message; spares the test a dependency on protobuf."""
-    at = 0
+@pytest.fixture(scope="module")
+def real_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's own vocabulary, as the two files that transformers reads."""
+    return write_clip(tmp_path_factory.mktemp("real"))
 
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = data[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
 
-    while at < len(data):
-        key = varint()
-        size = {0: 0, 1: 8, 5: 4}.get(key & 7)  # wire types: varint, 64 bit, 32 bit; else length-delimited
-        if size == 0:
-            yield key >> 3, varint()
-            continue
-        size = varint() if size is None else size
-        at += size
-        yield key >> 3, data[at - size:at]
+def write_clip(folder: Path) -> Path:
+    """Unpacks CLIP's own vocabulary into vocab.json and merges.txt."""
+    vocabulary, merges = packed_clip()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2"] + [" ".join(merge) for merge in merges]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
 def t5_oracle(model_file: Path) -> transformers.PreTrainedTokenizerBase:
-    """transformers' T5 tokenizer: 4 takes the file, 5 its pieces and its rules (field 2 of field 3)."""
+    """transformers' T5 tokenizer: 4 takes the file, 5 its pieces (the 100 extra tokens after them) and its rules."""
     if transformers.__version__.startswith("4."):
-        return transformers.T5Tokenizer(str(model_file))
+        return transformers.T5TokenizerFast(str(model_file))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
-    rules = dict(protobuf_fields(dict(protobuf_fields(model_file.read_bytes()))[3]))
-    return transformers.T5Tokenizer(vocab=pieces, _spm_precompiled_charsmap=rules[2])
+    extra = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(T5_EXTRA))]
+    return transformers.T5Tokenizer(vocab=pieces + extra, _spm_precompiled_charsmap=character_map(model_file.read_bytes()))
+
+
+def differing(ours: CLIPTokenizer | T5Tokenizer, theirs: transformers.PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+    """The texts, in ASCII, whose padded rows of ids differ."""
+    wrong, options = [], dict(padding="max_length", truncation=True, max_length=ours.length)
+    for start in range(0, len(texts), 500):
+        batch = texts[start : start + 500]
+        expected = theirs(batch, **options).input_ids
+        wrong += [ascii(text) for text, ids in zip(batch, expected) if ours(text).tolist() != [ids]]
+    return wrong
 
 
 @pytest.mark.parametrize("length", [77, 16])
-def test_clip_ids_equal_transformers(clip_folder: Path, length: int):
+def test_small_clip_ids_equal_transformers(clip_folder: Path, length: int):
     theirs = transformers.CLIPTokenizerFast.from_pretrained(clip_folder)
-    ours = CLIPTokenizer(clip_folder / "vocab.json", clip_folder / "merges.txt", length=length)
-    for text in strings(CLIP_WORDS, plain=False):
-        expected = theirs(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        assert torch.equal(ours(text), expected), ascii(text)
+    ours = CLIPTokenizer.from_files(clip_folder / "vocab.json", clip_folder / "merges.txt", length=length)
+    assert not differing(ours, theirs, list(strings(1000)))
+
+
+def test_shipped_clip_ids_equal_transformers(real_clip_folder: Path):
+    """CLIP's own vocabulary, as --weights with a single file uses it."""
+    theirs = transformers.CLIPTokenizerFast.from_pretrained(real_clip_folder)
+    assert not differing(CLIPTokenizer(*packed_clip()), theirs, list(strings(2000)))
+
+
+def test_demo_clip_ids_equal_transformers():
+    theirs = transformers.CLIPTokenizerFast.from_pretrained(DEMO_FOLDER)
+    ours = CLIPTokenizer.from_files(DEMO_FOLDER / "vocab.json", DEMO_FOLDER / "merges.txt")
+    assert not differing(ours, theirs, list(strings(2000)))
+
+
+def test_a_folder_that_declares_its_padding_is_read_as_transformers_reads_it(real_clip_folder: Path, tmp_path: Path):
+    """The official tokenizer_2 declares "!": in a prompt it becomes id 0, and not without that file."""
+    config = CLIPConfig()
+    plain = clip_tokenizer([real_clip_folder], config, pad=0)
+    transformers.CLIPTokenizerFast.from_pretrained(real_clip_folder, pad_token="!").save_pretrained(tmp_path)
+    declared = clip_tokenizer([tmp_path], config, pad=0)
+    theirs = transformers.CLIPTokenizerFast.from_pretrained(tmp_path)
+    assert plain("a!")[0, :4].tolist() == [49406, 320, 256, 49407]
+    assert declared("a!")[0, :4].tolist() == [49406, 320, 0, 49407]
+    assert not differing(declared, theirs, list(strings(500)))
 
 
 def test_clip_start_end_and_pad(clip_folder: Path):
     files = clip_folder / "vocab.json", clip_folder / "merges.txt"
     start, end = (json.loads(files[0].read_text())[token] for token in ("<|startoftext|>", "<|endoftext|>"))
-    assert CLIPTokenizer(*files, length=5)("").tolist() == [[start, end, end, end, end]]
-    assert CLIPTokenizer(*files, length=5, pad=0)("").tolist() == [[start, end, 0, 0, 0]]
-    long = CLIPTokenizer(*files)("word " * 500)
+    assert CLIPTokenizer.from_files(*files, length=5)("").tolist() == [[start, end, end, end, end]]
+    assert CLIPTokenizer.from_files(*files, length=5, pad=0)("").tolist() == [[start, end, 0, 0, 0]]
+    long = CLIPTokenizer.from_files(*files)("word " * 500)
     assert long.shape == (1, 77) and long.dtype == torch.int64 and long[0, -1] == end and long.argmax() == 76
 
 
 @pytest.mark.parametrize("length", [77, 16])
-def test_t5_ids_equal_transformers(t5_file: Path, length: int):
-    """Plain characters only, for the reason in the docstring of T5Tokenizer."""
-    theirs, ours = t5_oracle(t5_file), T5Tokenizer(t5_file, length=length)
-    for text in strings(WORDS, plain=True):
-        expected = theirs(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        assert torch.equal(ours(text), expected), ascii(text)
+def test_small_t5_ids_equal_transformers(t5_file: Path, length: int):
+    assert not differing(T5Tokenizer(t5_file, length, extra_ids=T5_EXTRA), t5_oracle(t5_file), list(strings(1000)))
+
+
+def test_demo_t5_ids_equal_transformers():
+    file = DEMO_FOLDER / "spiece.model"
+    assert not differing(T5Tokenizer(file, 256, extra_ids=T5_EXTRA), t5_oracle(file), list(strings(2000)))
+
+
+def test_t5_ids_equal_sentencepiece_on_plain_text(t5_file: Path):
+    """Its own encoder, without transformers between; plain text alone, see the docstring of T5Tokenizer."""
+    for file in (t5_file, DEMO_FOLDER / "spiece.model"):
+        ours, theirs = T5Tokenizer(file, 256), sentencepiece.SentencePieceProcessor(model_file=str(file))
+        for text in sentences()[:500]:
+            text = text.encode("ascii", "ignore").decode()
+            for token in ("<pad>", "</s>", "<unk>"):
+                text = text.replace(token, "")
+            ids = theirs.encode(text)
+            assert ours(text)[0, : len(ids) + 1].tolist() == [*ids, 1], text
+
+
+def test_t5_ids_stay_within_the_pieces_without_extra_tokens():
+    tokenizer = T5Tokenizer(DEMO_FOLDER / "spiece.model", 256)
+    assert max(int(tokenizer(text).max()) for text in strings(500)) < tokenizer.words
 
 
 def test_t5_end_and_pad(t5_file: Path):

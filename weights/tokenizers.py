@@ -7,11 +7,11 @@ its source and licence); T5's `spiece.model` does not.
 import gzip
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
+from sentencepiece import SentencePieceProcessor
 from torch import LongTensor
 
 from models.clip import CLIPConfig
@@ -22,6 +22,7 @@ from weights.files import WeightsError
 PACKED = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 CLIP_WORDS = 49408
 T5_WORDS = (32000, 32128)  # pieces of the official spiece.model, rows of the official table
+T5_EXTRA = 100  # tokens <extra_id_0> and so on, which transformers adds to the pieces
 T5_SOURCE = "https://huggingface.co/google/t5-v1_1-xxl/resolve/main/spiece.model"
 
 
@@ -39,32 +40,37 @@ class T5JsonTokenizer:
         return fixed_row(self.tokenizer.encode(text, add_special_tokens=False).ids, self.length, end=1, pad=0)
 
 
-def packed_clip() -> tuple[dict[str, int], list[str]]:
+def packed_clip() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's vocabulary and merges: 256 bytes, the same at the end of a word, one token a merge, start and end.
 
     The order is that of openai/CLIP `simple_tokenizer.py`: the bytes with a printable stand-in of their own come first.
     """
-    merges = gzip.decompress(PACKED.read_bytes()).decode().splitlines()
+    merges = [tuple(line.split(" ")) for line in gzip.decompress(PACKED.read_bytes()).decode().splitlines()]
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
+    words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
     return {word: i for i, word in enumerate(words + [CLIP_START, CLIP_END])}, merges
 
 
-def clip_of(vocabulary: dict[str, int], merges: Iterable[str], length: int, pad: int | None) -> CLIPTokenizer:
-    """A CLIP tokenizer from a vocabulary in memory, by way of the two files that its class reads."""
-    with tempfile.TemporaryDirectory() as folder:
-        vocab_file, merges_file = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        vocab_file.write_text(json.dumps(vocabulary), encoding="utf-8")
-        merges_file.write_text("".join(f"{merge}\n" for merge in ["#version: 0.2", *merges]), encoding="utf-8")
-        return CLIPTokenizer(vocab_file, merges_file, length, pad)
-
-
-def clip_of_json(file: Path, length: int, pad: int | None) -> CLIPTokenizer:
+def clip_of_json(file: Path, *options) -> CLIPTokenizer:
     """A CLIP tokenizer from the vocabulary in a `tokenizer.json`."""
     model = json.loads(file.read_text(encoding="utf-8"))["model"]
-    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    return clip_of(model["vocab"], merges, length, pad)
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    return CLIPTokenizer(model["vocab"], merges, *options)
+
+
+def declared_pad(folder: Path) -> list[str]:
+    """The padding token that a tokenizer's folder declares: transformers then reads it in a prompt as this token.
+
+    The official `tokenizer_2` declares "!", which in a prompt becomes id 0; openai/CLIP and Stability's code do not so.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            pad = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
+            pad = pad.get("content") if isinstance(pad, dict) else pad
+            if isinstance(pad, str) and pad:
+                return [pad]
+    return []
 
 
 def clip_tokenizer(folders: Iterable[Path], config: CLIPConfig, pad: int | None) -> CLIPTokenizer:
@@ -74,15 +80,15 @@ def clip_tokenizer(folders: Iterable[Path], config: CLIPConfig, pad: int | None)
         vocab, merges, whole = (place / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
         try:
             if vocab.is_file() and merges.is_file():
-                tokenizer = CLIPTokenizer(vocab, merges, config.positions, pad)
+                tokenizer = CLIPTokenizer.from_files(vocab, merges, config.positions, pad, declared_pad(place))
             elif whole.is_file():
-                tokenizer = clip_of_json(whole, config.positions, pad)
+                tokenizer = clip_of_json(whole, config.positions, pad, declared_pad(place))
         except Exception as error:  # the tokenizers package raises bare Exception
             raise WeightsError(f"The CLIP vocabulary in {place} cannot be read: {error!r:.200}.") from None
         if tokenizer is not None:
             break
     if tokenizer is None and config.vocabulary == CLIP_WORDS:
-        tokenizer, place = clip_of(*packed_clip(), config.positions, pad), PACKED
+        tokenizer, place = CLIPTokenizer(*packed_clip(), config.positions, pad), PACKED
     if tokenizer is None:
         raise WeightsError(f"A text encoder knows {config.vocabulary:,} tokens, which is not CLIP's vocabulary: put its"
                            " vocab.json and merges.txt beside it.")
@@ -116,8 +122,8 @@ def t5_tokenizer(
             tokenizer = T5JsonTokenizer(file, length)
             words = tokenizer.tokenizer.get_vocab_size(with_added_tokens=False)
         else:
-            tokenizer = T5Tokenizer(file, length)
-            words = tokenizer.processor.vocab_size()
+            words = spiece_words(file)
+            tokenizer = T5Tokenizer(file, length, extra_ids=max(0, min(T5_EXTRA, config.vocabulary - words)))
     except Exception as error:  # both packages raise what they like, bare Exception included
         raise WeightsError(f"T5's vocabulary {file} cannot be read: {error!r:.200}.") from None
     if words > config.vocabulary:
@@ -142,6 +148,6 @@ def cached_t5() -> list[Path]:
 def spiece_words(file: Path) -> int:
     """Number of pieces in a SentencePiece model; 0 if it is none."""
     try:
-        return T5Tokenizer(file).processor.vocab_size()
+        return SentencePieceProcessor(model_file=str(file)).vocab_size()
     except (OSError, RuntimeError, TypeError):
         return 0
