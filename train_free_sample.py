@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from hybridiff.denoise import StepRecord
 from hybridiff.errors import UsageError
-from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, generate, plan_request
+from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, generate, meta_task, plan_request
 from hybridiff.report import check_writable, make_report, save_picture, save_report, settings_of
 from hybridiff.samplers import SAMPLERS
+from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
+from hybridiff.timeline import explain
 from hybridiff.transport import Transport, connect, disconnect, place
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
@@ -40,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id")
     add("--check", action="store_true", help="only say what the checkpoint holds and lacks (reads headers, no tensors)")
+    add("--explain", action="store_true", help="only print the schedule: operations, timeline, ideal cost, bytes")
     add("--text-encoders", nargs="+", default=(), metavar="FILE", help="clip_l, clip_g, t5xxl in files of their own")
     add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
     add("--no-t5", action="store_true", help="leave T5 out (SD3)")
@@ -121,7 +124,7 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         raise UsageError(" ".join(lacking))
     request = make_request(args, checkpoint, device)
     plan_request(checkpoint, request, transport.world)
-    if transport.rank == 0:
+    if transport.rank == 0 and not args.explain:
         check_writable(args.out)
         if args.report:
             try:
@@ -183,6 +186,12 @@ def main() -> int:
         status = 1 if needs(checkpoint) else 0
         if transport.rank == 0:
             print(describe(checkpoint, t5=not prepared[0].no_t5))
+    elif problem is None and prepared[0].explain:
+        _, checkpoint, request, _ = prepared
+        if transport.rank == 0:
+            strategy, _ = plan_request(checkpoint, request, transport.world)
+            task = meta_task(checkpoint, request)
+            print(explain(request.strategy, strategy, Settings(request.steps, request.rule), task))
     elif problem is None:
         args, checkpoint, request, device = prepared
         request = replace(request, seed=transport.gather(request.seed)[0])

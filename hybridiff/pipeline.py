@@ -15,6 +15,8 @@ from hybridiff.strategies import Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
 from hybridiff.transport import Transport
+from models.mmdit import MMDiTConditioning
+from models.unet import UNetConditioning
 from weights.load import Checkpoint
 
 PAPER_RULES = {  # appendix G of the paper
@@ -96,6 +98,24 @@ def require_finite(tensor: Tensor, stage: str) -> None:
     """UsageError that names the stage if the tensor holds NaN or infinity."""
     if not torch.isfinite(tensor).all():
         raise UsageError(f"NaN or infinity appeared in the {stage}: try --dtype float32 or a smaller --guidance.")
+
+
+def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
+    """The task of a request on the meta device: shapes and dtypes of everything, no weights read, nothing computed."""
+    config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
+    tokens = checkpoint.config("clip_l").positions
+    if checkpoint.family == "sdxl":
+        conditioning = UNetConditioning, (1, tokens, config.context_width), (1, config.vector_width)
+    else:
+        tokens += checkpoint.t5_length
+        conditioning = MMDiTConditioning, (1, tokens, config.context_width), (1, config.pooled_width)
+    kind, *shapes = conditioning
+    with torch.device("meta"):
+        told = kind(*(torch.empty(shape, dtype=request.dtype) for shape in shapes))
+        noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
+    denoiser = checkpoint.part("denoiser").module.to(request.dtype)
+    _, sampler = plan_request(checkpoint, request, world=1)
+    return Task(denoiser, denoiser.default_cut(), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
 
 
 @torch.inference_mode()

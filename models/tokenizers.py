@@ -66,9 +66,9 @@ class CLIPTokenizer:
 class T5Tokenizer:
     """T5's unigram model from `spiece.model`: text, end token 1, padding 0; there is no start token.
 
-    Built by the rules of the official `tokenizer.json`, whose ids differ from sentencepiece's own in rare prompts (marks
-    after a character, U+0085, a literal `</s>`). `extra_ids`: number of tokens <extra_id_i> that follow the pieces, the
-    last first.
+    Built by the rules of the official `tokenizer.json`, whose ids differ from sentencepiece's own in rare prompts
+    (marks after a character, U+0085, a literal `</s>`). `extra_ids`: number of tokens <extra_id_i> that follow the
+    pieces, the last first.
     """
 
     def __init__(self, model_file: str | Path, length: int = 77, extra_ids: int = 0):

@@ -20,7 +20,7 @@ UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 
 MMDIT = {"width": 128, "depth": 8, "heads": 2, "context_width": 256, "pooled_width": 256, "positions": 32,
          "qk_norm": True}
 TILT_FROM = 1985  # SDXL, see `SDXLDemo.loss`
-NOISIER_FROM = 0  # SD3, see `SD3Demo.loss`
+NOISIER_FROM = 6120  # SD3, see `SD3Demo.loss`
 T5_SIZES = {"width": 256, "layers": 2, "heads": 4, "head_width": 64, "mlp_width": 512}
 
 

@@ -1,0 +1,126 @@
+"""What a schedule costs, before anything is run: its timeline from the cost of each part, as data and as text."""
+
+from collections import Counter
+from typing import Callable, NamedTuple, Sequence
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridiff.denoise import Task
+from hybridiff.schedule import Receive, Run, Send, StepPlan, Value, bytes_sent, interleave
+from hybridiff.strategies import Settings, Strategy
+
+Costs = dict[str, float]  # part -> cost of one run under one text, in units of the whole network
+
+
+class Bar(NamedTuple):
+    """A stretch of one rank's time."""
+
+    rank: int
+    step: int
+    start: float
+    end: float
+    what: str  # "run" or "wait"
+    label: str  # the operation
+
+
+def part_costs(task: Task) -> Costs:
+    """Share of the floating-point operations that falls to each part, counted on the meta device (nothing is computed)."""
+    meta = torch.device("meta")
+    net, cut = task.denoiser, task.cut
+    conditioning = type(task.conditioning["cond"])(*(None if t is None else t.to(meta) for t in task.conditioning["cond"]))
+    x, t = task.noise.to(meta, conditioning.text.dtype), torch.zeros(1, device=meta)
+
+    def count(run: Callable):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            result = run()
+        return result, counter.get_total_flops()
+
+    (features, skips), entry = count(lambda: net.entry(x, t, conditioning, cut))
+    features, inner = count(lambda: net.inner(features, t, conditioning, cut))
+    _, exit = count(lambda: net.exit(features, skips, t, conditioning, cut))
+    whole = entry + inner + exit
+    return {"whole": 1.0, "entry": entry / whole, "inner": inner / whole, "exit": exit / whole}
+
+
+def plan_all(strategy: Strategy, settings: Settings) -> list[StepPlan]:
+    """The plans of all steps, as if the discrepancy never fell slowly enough: the switch comes by the cap."""
+    rising = [1.0 + step for step in range(settings.steps)]
+    return [strategy.plan(step, rising[:step], settings) for step in range(settings.steps)]
+
+
+def timeline(plans: Sequence[StepPlan], costs: Costs) -> list[Bar]:
+    """Every rank's bars, if messages and everything but the network took no time. A receive waits for its send."""
+    clock = [0.0] * len(plans[0].operations)
+    bars = []
+    for step, plan in enumerate(plans):
+        sent: dict[tuple[int, int], list[float]] = {}  # (sender, receiver) -> when each message left
+        for rank, operation in interleave(list(enumerate(plan.operations)), lambda r, to: bool(sent.get((r.source, to)))):
+            start = clock[rank]
+            if isinstance(operation, Run):
+                clock[rank] += costs[operation.part] * (2 if operation.text == "both" else 1)
+                bars.append(Bar(rank, step, start, clock[rank], "run", str(operation)))
+            elif isinstance(operation, Send):
+                sent.setdefault((rank, operation.to), []).append(start)
+            elif isinstance(operation, Receive):
+                clock[rank] = max(start, sent[operation.source, rank].pop(0))
+                if clock[rank] > start:
+                    bars.append(Bar(rank, step, start, clock[rank], "wait", str(operation)))
+    return bars
+
+
+def length(bars: Sequence[Bar]) -> float:
+    """Cost from start to end; serial sampling costs two a step."""
+    return max(bar.end for bar in bars)
+
+
+def draw(bars: Sequence[Bar], ranks: int, columns_per_unit: int = 16) -> str:
+    """The bars as text: a row a rank, a column a sixteenth of a network evaluation, # computes, . waits."""
+    first = min(bar.start for bar in bars)
+    width = round((length(bars) - first) * columns_per_unit)
+    rows = [[" "] * width for _ in range(ranks)]
+    for bar in bars:
+        begin, end = (round((at - first) * columns_per_unit) for at in (bar.start, bar.end))
+        rows[bar.rank][begin:end] = ("#" if bar.what == "run" else ".") * (end - begin)
+        if bar.what == "run" and end > begin and begin:
+            rows[bar.rank][begin] = "|"
+    return "\n".join(f"  rank {rank}  {''.join(row).rstrip()}" for rank, row in enumerate(rows))
+
+
+def total_bytes(plans: Sequence[StepPlan], task: Task) -> Counter[str]:
+    """Bytes of all messages by kind, from the schedule alone: what the transport will count, to the byte."""
+    kinds = ("prediction", "entry", "inner", "discrepancy")
+    sizes = {kind: sum(shape.numel() * d.itemsize for shape, d in task.message(Value(kind))) for kind in kinds}
+    return sum((bytes_sent(plan, sizes) for plan in plans), Counter())
+
+
+def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> str:
+    """Every different step as a table of operations, a timeline around the switch, the ideal speed-up and the bytes."""
+    plans, costs = plan_all(strategy, settings), part_costs(task)
+    bars = timeline(plans, costs)
+    pieces = [f"{name}: {settings.steps} steps on {strategy.ranks} rank(s), drawn for a switch by the cap"]
+    shares = ", ".join(f"{part} {costs[part]:.0%}" for part in ("entry", "inner", "exit"))
+    pieces.append(f"shares of the network by floating-point operations: {shares}")
+    start = 0
+    for step in range(1, len(plans) + 1):
+        if step == len(plans) or plans[step] != plans[start]:
+            span = f"step {start}" if step - start == 1 else f"steps {start} to {step - 1}"
+            pieces.append(f"\n{span}, {plans[start].stage}\n{table(plans[start])}")
+            start = step
+    pipelined = [step for step, plan in enumerate(plans) if plan.stage == "parallelism"]
+    middle = pipelined[0] if pipelined else 1
+    shown = [bar for bar in bars if middle - 1 <= bar.step <= (pipelined[-1] if pipelined else 1) + 1]
+    pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, . waits, | begins a part)")
+    pieces.append(draw(shown, strategy.ranks))
+    cost, sent = length(bars), total_bytes(plans, task)
+    pieces.append(f"\nideal cost {cost:.1f} network evaluations, serial {2 * len(plans)}: speed-up {2 * len(plans) / cost:.2f}")
+    pieces.append(f"bytes sent: {sent.total():,} ({', '.join(f'{kind} {count:,}' for kind, count in sent.items())})")
+    return "\n".join(pieces)
+
+
+def table(plan: StepPlan) -> str:
+    """The operations of every rank, a column each."""
+    rows = max(len(operations) for operations in plan.operations)
+    cells = [[f"rank {rank}", *map(str, ops), *[""] * (rows - len(ops))] for rank, ops in enumerate(plan.operations)]
+    widths = [max(map(len, column)) for column in cells]
+    return "\n".join("  " + "   ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in zip(*cells))
