@@ -101,8 +101,8 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         negative_prompt=args.negative_prompt,
         steps=args.steps,
         guidance=either("guidance", GUIDANCE[family]),
-        height=either("height", SIDE[family]),
-        width=either("width", SIDE[family]),
+        height=either("height", SIDE),
+        width=either("width", SIDE),
         seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
         sampler=args.sampler or next(iter(SAMPLERS[family])),
         strategy=args.strategy,
@@ -173,26 +173,33 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
         print(f"picture: {args.out}")
 
 
+def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | None) -> None:
+    """What --check and --explain print."""
+    if request is None:
+        print(describe(checkpoint, t5=not args.no_t5))
+    else:
+        strategy, _ = plan_request(checkpoint, request, world=1)
+        print(explain(request.strategy, strategy, Settings(request.steps, request.rule), meta_task(checkpoint, request)))
+
+
 def main() -> int:
+    """Exit status: 0 well, 1 failed on the way (or --check found something missing), 2 refused before any work."""
     transport = connect()
     try:
         prepared, problem = prepare(transport), None
     except (UsageError, WeightsError) as error:
         prepared, problem = None, str(error)
     problem = next((said for said in transport.gather(problem) if said), None)  # all ranks stop if one must
-    status = 0 if problem is None else 2
-    if problem is None and prepared[2] is None:
-        checkpoint = prepared[1]
-        status = 1 if needs(checkpoint) else 0
+    if problem is not None:
+        status = 2
         if transport.rank == 0:
-            print(describe(checkpoint, t5=not prepared[0].no_t5))
-    elif problem is None and prepared[0].explain:
-        _, checkpoint, request, _ = prepared
+            print(f"train_free_sample.py: {problem}", file=sys.stderr, flush=True)
+    elif prepared[0].check or prepared[0].explain:
+        args, checkpoint, request, _ = prepared
+        status = 1 if args.check and needs(checkpoint) else 0
         if transport.rank == 0:
-            strategy, _ = plan_request(checkpoint, request, transport.world)
-            task = meta_task(checkpoint, request)
-            print(explain(request.strategy, strategy, Settings(request.steps, request.rule), task))
-    elif problem is None:
+            tell(args, checkpoint, request)
+    else:
         args, checkpoint, request, device = prepared
         request = replace(request, seed=transport.gather(request.seed)[0])
         try:
@@ -200,8 +207,7 @@ def main() -> int:
         except (UsageError, WeightsError) as error:  # found on the way, such as a full disk
             print(f"train_free_sample.py: rank {transport.rank}: {error}", file=sys.stderr)
             return 1
-    elif transport.rank == 0:
-        print(f"train_free_sample.py: {problem}", file=sys.stderr, flush=True)
+        status = 0
     transport.gather("done")  # nobody leaves before rank 0 has spoken
     disconnect()
     return status

@@ -24,7 +24,7 @@ PAPER_RULES = {  # appendix G of the paper
     "sd3": SwitchRule(window=15, slope=1e-4, cap=40, interval=5),
 }
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
-SIDE = {"sdxl": 1024, "sd3": 1024}
+SIDE = 1024
 
 
 @dataclass(frozen=True)

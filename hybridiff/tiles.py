@@ -1,9 +1,9 @@
 """Decode a large picture tile by tile, so that the convolutions never see more than a tile.
 
-The middle of the decoder, with its attention, runs whole: at the size of the latents it is small. Above it every tile is
-computed with a border of its neighbours' features, and the borders are blended. What is left of the whole picture are
-the group norms: all tiles go from norm to norm together, so that each norm uses the mean and variance of the whole. The
-waiting tiles are in host memory.
+The middle of the decoder, with its attention, runs whole: at the size of the latents it is small. Above it every tile
+is computed with a border of its neighbours' features, and the borders are blended. What is left of the whole picture
+are the group norms: all tiles go from norm to norm together, so that each norm uses the mean and variance of the whole.
+The tiles that wait are in host memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def measure(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def apply(norm: nn.GroupNorm, x: Tensor, statistics: Tensor) -> Tensor:
-    """Group norm with given statistics (2, B, groups): one factor and one offset a channel. (B, C, H, W) -> the same."""
+    """Group norm with given statistics (2, B, groups): a factor and an offset for each channel. (B, C, H, W)."""
     each = norm.num_channels // norm.num_groups
     mean, square = (value.repeat_interleave(each, 1) for value in statistics)  # (B, C)
     scale = norm.weight * (square - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
@@ -65,18 +65,18 @@ def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]
 
 
 def ramp(span: tuple[int, int, int, int], size: int, overlap: int, factor: int) -> Tensor:
-    """Weight of each pixel of a tile along one side: rises and falls linearly where two tiles overlap."""
+    """Weight of each pixel of a tile along one side: of an overlap, a third is 0, a third rises, a third is 1."""
     start, _, _, end = span
-    places = (torch.arange((end - start) * factor) + 0.5) / factor
-    up = places / overlap if start > 0 else torch.ones_like(places)
-    down = (end - start - places) / overlap if end < size else torch.ones_like(places)
-    return torch.minimum(up, down).clamp(max=1)
+    places, third = (torch.arange((end - start) * factor) + 0.5) / factor, overlap / 3
+    up = (places - third) / third if start > 0 else torch.ones_like(places)
+    down = (end - start - places - third) / third if end < size else torch.ones_like(places)
+    return torch.minimum(up, down).clamp(0, 1)
 
 
 def decode_tiled(vae: Autoencoder, latents: Tensor, tile: int = 96, overlap: int = 24) -> Tensor:
     """Autoencoder.decode in tiles of at most `tile` latents a side: raw latents (B, C, h, w) -> images (B, 3, 8h, 8w).
 
-    Neighbours share `overlap` latents: a pixel depends on 12 latents on each side, with 24 the result is all but equal.
+    Neighbours share `overlap` latents: a pixel depends on some 12 latents on each side, and half as many do nearly all of it.
     """
     decoder, factor = vae.decoder, vae.config.factor
     h = decoder.conv_in(vae.post_quant_conv(latents) if vae.config.quant_convs else latents)
