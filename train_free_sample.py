@@ -62,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU, float16 on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
+    add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
     add("--out", type=Path, default=Path("picture.png"), help="where the PNG goes")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.json")
     return parser.parse_args()
@@ -108,6 +109,7 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         strategy=args.strategy,
         rule=rule,
         dtype=DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else torch.float16,
+        tiles=args.tiles,
     )
 
 

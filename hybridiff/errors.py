@@ -1,5 +1,16 @@
 """The one exception that means: the user can mend this. Its message is one sentence: what, where, what to do."""
 
+import torch
+from torch import Tensor
+
 
 class UsageError(Exception):
     """A mistake in options, files or surroundings; shown by rank 0 without a traceback, exit status 2 on every rank."""
+
+
+def require_finite(tensor: Tensor, stage: str, name: str, advice: str) -> None:
+    """UsageError that names the stage and the tensor, and says what to try, if the tensor holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        count = int((~torch.isfinite(tensor)).sum())
+        share = f"{count:,} of {tensor.numel():,} values"
+        raise UsageError(f"NaN or infinity in {share} of the {name} ({stage}): {advice}.")

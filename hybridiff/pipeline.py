@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hybridiff.denoise import StepRecord, Task, denoise
-from hybridiff.errors import UsageError
+from hybridiff.errors import UsageError, require_finite
 from hybridiff.samplers import FlowEuler, Sampler, make_sampler
 from hybridiff.strategies import Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
+from hybridiff.tiles import decode_tiled
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
@@ -25,6 +26,7 @@ PAPER_RULES = {  # appendix G of the paper
 }
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
+LARGE = 2**20  # pixels beyond which `tiles` decodes in tiles
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Request:
     strategy: str
     rule: SwitchRule
     dtype: torch.dtype
+    tiles: bool = False  # decode in tiles if the picture is large
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,6 @@ def draw_noise(channels: int, height: int, width: int, seed: int) -> Tensor:
     return torch.randn(1, channels, height, width, generator=generator)
 
 
-def require_finite(tensor: Tensor, stage: str) -> None:
-    """UsageError that names the stage if the tensor holds NaN or infinity."""
-    if not torch.isfinite(tensor).all():
-        raise UsageError(f"NaN or infinity appeared in the {stage}: try --dtype float32 or a smaller --guidance.")
-
-
 def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
     """The task of a request on the meta device: shapes and dtypes of everything, no weights read, nothing computed."""
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
@@ -119,11 +116,13 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
 
 
 @torch.inference_mode()
-def decode(checkpoint: Checkpoint, latents: Tensor, device: torch.device) -> Tensor:
+def decode(checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False) -> Tensor:
     """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16."""
     vae = checkpoint.load("vae", torch.float32, device, decoder_only=True)
-    image = vae.decode(vae.unscale(latents.float()))[0]
-    require_finite(image, "decoder")
+    raw = vae.unscale(latents.float())
+    large = raw.shape[2] * raw.shape[3] * vae.config.factor**2 > LARGE
+    image = (decode_tiled(vae, raw) if tiles and large else vae.decode(raw))[0]
+    require_finite(image, "decoder", "image", "the latents are finite, so try a file with another autoencoder")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
 
 
@@ -161,9 +160,11 @@ def generate(
         on_step(record)
     bytes_sent = transport.finish()
     del task, denoiser
-    require_finite(records[-1].latents, f"latents ({records[-1].stage})")
+    for record in records:
+        where = f"denoiser, step {record.step} ({record.stage})"
+        require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
 
     now = time.perf_counter()
-    image = decode(checkpoint, records[-1].latents, device) if transport.rank == 0 else None
+    image = decode(checkpoint, records[-1].latents, device, request.tiles) if transport.rank == 0 else None
     clock("decode", now)
     return Result(image, records, seconds, dict(bytes_sent))

@@ -23,7 +23,7 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
         "prompt": request.prompt, "negative_prompt": request.negative_prompt, "steps": request.steps,
         "guidance": request.guidance, "height": request.height, "width": request.width,
         "window": rule.window, "slope": rule.slope, "cap": rule.cap, "interval": rule.interval,
-        "dtype": str(request.dtype).removeprefix("torch."),
+        "dtype": str(request.dtype).removeprefix("torch."), "tiles": request.tiles,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridiff.errors import require_finite
 from models.embeddings import sinusoid
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
@@ -13,7 +14,13 @@ from weights.load import Checkpoint
 def run_encoder(checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype) -> list:
     """Run one text encoder over the texts, one by one (batch 1, so that a text's result never depends on the others)."""
     tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device)
-    return [encoder(tokenizer(text).to(device)) for text in texts]
+    results = [encoder(tokenizer(text).to(device)) for text in texts]
+    for result in results:
+        named = {"text": result} if isinstance(result, Tensor) else dict(zip(("text", "pooled text"), result))
+        for name, tensor in named.items():
+            if tensor is not None:
+                require_finite(tensor, f"text encoder {part}", name, "try --dtype bfloat16 or float32")
+    return results
 
 
 @torch.inference_mode()

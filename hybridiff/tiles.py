@@ -59,8 +59,8 @@ def apply(norm: nn.GroupNorm, x: Tensor, statistics: Tensor) -> Tensor:
 
 def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
     """Along one side, (start, first own, end of own, end) of each tile: its own places and what it sees around them."""
-    count = max(1, -(-(size - overlap) // (tile - overlap)))
-    cuts = [round(i * size / count) for i in range(count + 1)]
+    count = 1 if size <= tile else -(-size // (tile - overlap))
+    cuts = [i * size // count for i in range(count + 1)]
     return [(max(0, a - overlap // 2), a, b, min(size, b + overlap // 2)) for a, b in zip(cuts, cuts[1:])]
 
 
@@ -73,10 +73,10 @@ def ramp(span: tuple[int, int, int, int], size: int, overlap: int, factor: int) 
     return torch.minimum(up, down).clamp(0, 1)
 
 
-def decode_tiled(vae: Autoencoder, latents: Tensor, tile: int = 96, overlap: int = 24) -> Tensor:
+def decode_tiled(vae: Autoencoder, latents: Tensor, tile: int = 96, overlap: int = 18) -> Tensor:
     """Autoencoder.decode in tiles of at most `tile` latents a side: raw latents (B, C, h, w) -> images (B, 3, 8h, 8w).
 
-    Neighbours share `overlap` latents: a pixel depends on some 12 latents on each side, and half as many do nearly all of it.
+    Neighbours share `overlap` latents; a pixel depends on some 12 latents on each side, mostly on the nearest six.
     """
     decoder, factor = vae.decoder, vae.config.factor
     h = decoder.conv_in(vae.post_quant_conv(latents) if vae.config.quant_convs else latents)
@@ -86,15 +86,15 @@ def decode_tiled(vae: Autoencoder, latents: Tensor, tile: int = 96, overlap: int
     tiles = [(y, x) for y in spans(height, tile, overlap) for x in spans(width, tile, overlap)]
     states = [(h[:, :, y[0] : y[3], x[0] : x[3]].cpu(),) for y, x in tiles]
     for norm, advance in steps(decoder):
-        statistics = torch.zeros(2, batch, norm.num_groups, dtype=torch.float64)
+        statistics = torch.zeros(2, batch, norm.num_groups, dtype=torch.float64, device=h.device)
         for (y, x), state in zip(tiles, states):
             scale = state[-1].shape[2] // (y[3] - y[0])
             rows, columns = (slice((own - start) * scale, (end - start) * scale) for start, own, end, _ in (y, x))
             share = (y[2] - y[1]) * (x[2] - x[1]) / (height * width)
-            statistics += share * measure(norm, state[-1][:, :, rows, columns])
+            statistics += share * measure(norm, state[-1].to(h.device)[:, :, rows, columns])
         for i, state in enumerate(states):
             state = [tensor.to(h.device) for tensor in state]
-            normed = apply(norm, state[-1], statistics.to(h.device))
+            normed = apply(norm, state[-1], statistics)
             states[i] = tuple(tensor.cpu() for tensor in advance(*state, normed))
     image = torch.zeros(batch, 3, height * factor, width * factor)
     total = torch.zeros(height * factor, width * factor)

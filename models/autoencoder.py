@@ -67,8 +67,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # (B, C, H, W) -> (B, 1, H*W, C): one head as wide as the block
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        # (B, C, H, W) -> (B, 1, H*W, C): one head as wide as the block; contiguous, or the CPU makes the (HW)^2 matrix
+        q, k, v = (conv(h).flatten(2).mT.unsqueeze(1).contiguous() for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # (B, 1, H*W, C) -> (B, C, H, W)
         return x + self.proj_out(h)
