@@ -25,7 +25,7 @@ from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
 HERE = Path(__file__).parent
 PLANS = {
     "sdxl": Plan(steps=4200, batch=32, rate=6e-4),
-    "sd3": Plan(steps=11000, batch=16, rate=8e-4, warmup=300),
+    "sd3": Plan(steps=7500, batch=16, rate=8e-4, warmup=300),
 }
 
 
