@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import UsageError, require_finite
-from hybridiff.samplers import FlowEuler, Sampler, make_sampler
+from hybridiff.samplers import Sampler, make_sampler
 from hybridiff.strategies import Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
@@ -85,10 +85,8 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
-    sampler = make_sampler(checkpoint.family, request.sampler, request.steps)
-    if isinstance(sampler, FlowEuler) and "shift" in checkpoint.defaults:
-        sampler = FlowEuler(request.steps, checkpoint.defaults["shift"])  # what the folder's scheduler says
-    return strategy, sampler
+    shift = checkpoint.defaults.get("shift", 3.0)  # what the folder's scheduler says
+    return strategy, make_sampler(checkpoint.family, request.sampler, request.steps, shift)
 
 
 def draw_noise(channels: int, height: int, width: int, seed: int) -> Tensor:

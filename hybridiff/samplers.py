@@ -95,12 +95,15 @@ Sampler = DDIM | Euler | FlowEuler
 SAMPLERS = {"sdxl": {"ddim": DDIM, "euler": Euler}, "sd3": {"flow": FlowEuler}}  # by family, the default first
 
 
-def make_sampler(family: str, name: str | None, steps: int) -> Sampler:
-    """The sampler of that name for a family ("sdxl", "sd3"), the family's default where the name is None."""
+def make_sampler(family: str, name: str | None, steps: int, shift: float = 3.0) -> Sampler:
+    """The sampler of that name for a family ("sdxl", "sd3"), the family's default where the name is None.
+
+    `shift` concerns the flow samplers alone. UsageError where name or number of steps does not fit.
+    """
     choices = SAMPLERS[family]
     name = name or next(iter(choices))
     if name not in choices:
         raise UsageError(f"--sampler {name} does not fit a {family} checkpoint: choose one of {', '.join(choices)}.")
     if not 1 <= steps < TRAINING_STEPS:
         raise UsageError(f"--steps {steps} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
-    return choices[name](steps)
+    return FlowEuler(steps, shift) if name == "flow" else choices[name](steps)

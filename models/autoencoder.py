@@ -7,7 +7,6 @@ has sixteen channels and no such convolutions.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

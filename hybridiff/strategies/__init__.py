@@ -4,7 +4,6 @@ Every strategy has the same face: plan(step, history, settings) -> StepPlan, whe
 in steps 0..step-1 (as far as they are shared by all ranks).
 """
 
-from dataclasses import dataclass
 from typing import Callable, NamedTuple, Sequence
 
 from hybridiff.schedule import StepPlan
