@@ -1,52 +1,20 @@
-"""The two demo denoisers with their text encoders: sizes, conditioning, losses and a plain sampler for the samples."""
+"""The two demo denoisers: sizes, conditioning, losses and a plain sampler for the samples."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import LongTensor, Tensor, nn
 
-from models.clip import CLIPConfig, CLIPText
 from models.embeddings import sinusoid
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
-from models.t5 import T5Config, T5Encoder
-from models.tokenizers import CLIPTokenizer, T5Tokenizer
 from models.unet import UNet, UNetConditioning, UNetConfig
+from weights.demo.text_encoders import TextEncoders
 
-LENGTH = 24  # positions of every text encoder
 SIDE = 128
-CLIP_SIZES = {"positions": LENGTH, "width": 128, "layers": 3, "heads": 2, "mlp_width": 512}
 UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
         "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
-MMDIT = {"width": 128, "depth": 8, "heads": 2, "context_width": 256, "pooled_width": 256, "positions": 32,
+MMDIT = {"width": 192, "depth": 6, "heads": 3, "context_width": 256, "pooled_width": 256, "positions": 32,
          "qk_norm": True}
-TILT_FROM = 1985  # SDXL, see `SDXLDemo.loss`
-T5_SIZES = {"width": 256, "layers": 2, "heads": 4, "head_width": 64, "mlp_width": 512}
-
-
-def tokens(family: str, captions: list[str], folder: Path) -> Tensor:
-    """Token ids of all text encoders of the family: [N, 2 or 3, LENGTH] (CLIP-L, bigG, T5)."""
-    files = folder / "vocab.json", folder / "merges.txt"
-    clip_l, clip_g = (CLIPTokenizer.from_files(*files, LENGTH, pad) for pad in (None, 0))
-    encoders = [clip_l, clip_g]
-    if family == "sd3":
-        encoders.append(T5Tokenizer(folder / "spiece.model", LENGTH))
-    return torch.stack([torch.cat([encode(text) for encode in encoders]) for text in captions])
-
-
-def initialise_text(encoder: nn.Module) -> None:
-    """Token embeddings of size 0.5 (T5: 1), positions of 0.1, linear layers by fan-in; T5's queries as its paper has."""
-    for name, module in encoder.named_modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if name.endswith("SelfAttention.q"):
-                nn.init.normal_(module.weight, std=(module.in_features * T5_SIZES["head_width"]) ** -0.5)
-            if name.endswith(("out_proj", "fc2", "SelfAttention.o", "DenseReluDense.wo")):
-                module.weight.data.mul_(0.4)
-        elif isinstance(module, nn.Embedding):
-            scale = 0.1 if "position" in name or "relative" in name else 1.0 if name == "shared" else 0.5
-            nn.init.normal_(module.weight, std=scale)
 
 
 class SDXLDemo(nn.Module):
@@ -54,16 +22,10 @@ class SDXLDemo(nn.Module):
 
     latent_channels = 4
 
-    def __init__(self, vocabulary: int, t5_vocabulary: int):
+    def __init__(self, encoders: TextEncoders):
         super().__init__()
-        self.clip_l = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="quick_gelu", **CLIP_SIZES))
-        self.clip_g = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="gelu", projection=128, **CLIP_SIZES))
+        self.encoders = encoders
         self.denoiser = UNet(UNetConfig(**UNET))
-        for encoder in (self.clip_l, self.clip_g):
-            initialise_text(encoder)
-        tower = self.clip_l.text_model  # SDXL does not use CLIP-L's pooled state: nothing to learn behind the penultimate
-        tower.encoder.layers[-1].requires_grad_(False)
-        tower.final_layer_norm.requires_grad_(False)
         for name, weight in self.denoiser.named_parameters():
             if any(part in name for part in ("out_layers.3.", "proj_out.", "out.2.")):
                 nn.init.zeros_(weight)
@@ -71,21 +33,20 @@ class SDXLDemo(nn.Module):
         self.signal = torch.cumprod(1 - betas, dim=0).float()  # alpha-bar
 
     def condition(self, ids: LongTensor, keep: Tensor) -> UNetConditioning:
-        """ids [B, 2, LENGTH]; rows with keep [B] False get zeros, SDXL's rule for "no negative prompt"."""
-        text_l, _ = self.clip_l(ids[:, 0])
-        text_g, pooled = self.clip_g(ids[:, 1])
+        """ids [B, 3, LENGTH]; rows with keep [B] False get zeros, SDXL's rule for "no negative prompt"."""
+        (text_l, text_g, _), (_, pooled) = self.encoders(ids)
         text = torch.cat([text_l, text_g], dim=2) * keep[:, None, None]  # [B, LENGTH, 256]
         sizes = sinusoid(torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE], device=ids.device), 256).flatten()
         vector = torch.cat([pooled * keep[:, None], sizes.expand(len(ids), -1)], dim=1)
         return UNetConditioning(text=text, vector=vector)
 
     def loss(
-        self, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator, step: int
+        self, predict: Callable, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator
     ) -> Tensor:
         """Squared error of the noise with min-SNR weights, gamma 5 (Hang et al. 2023); 10% without caption.
 
-        From step TILT_FROM on, noisy steps (SNR below 1) weigh SNR^-0.5 more: there the noise is easy to predict, and
-        without that the text hardly got to choose the background.
+        Noisy steps (SNR below 1) weigh SNR^-0.5 more: there the noise is easy to predict, and without that the text
+        hardly gets to choose the background.
         """
         count = len(latents)
         keep = (torch.rand(count, generator=generator) >= 0.1).float().to(latents.device)
@@ -93,12 +54,10 @@ class SDXLDemo(nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         a = self.signal[t].to(latents.device)
         noisy = a.sqrt()[:, None, None, None] * latents + (1 - a).sqrt()[:, None, None, None] * noise
-        predicted = self.denoiser(noisy, t.to(latents.device).float(), self.condition(ids, keep))
+        predicted = predict(noisy, t.to(latents.device).float(), self.condition(ids, keep))
         snr = a / (1 - a)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        weight = snr.clamp(max=5) / snr
-        if step >= TILT_FROM:
-            weight = weight * snr.clamp(max=1) ** -0.5
+        weight = snr.clamp(max=5) / snr * snr.clamp(max=1) ** -0.5
         return (error * weight).mean()
 
     @torch.no_grad()
@@ -123,27 +82,21 @@ class SD3Demo(nn.Module):
 
     latent_channels = 16
 
-    def __init__(self, vocabulary: int, t5_vocabulary: int):
+    def __init__(self, encoders: TextEncoders):
         super().__init__()
-        self.clip_l = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="quick_gelu", **CLIP_SIZES))
-        self.clip_g = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="gelu", projection=128, **CLIP_SIZES))
-        self.t5 = T5Encoder(T5Config(vocabulary=t5_vocabulary, **T5_SIZES))
+        self.encoders = encoders
         self.denoiser = MMDiT(MMDiTConfig(**MMDIT))
-        for encoder in (self.clip_l, self.clip_g, self.t5):
-            initialise_text(encoder)
         initialise_mmdit(self.denoiser)
 
     def condition(self, ids: LongTensor, keep_t5: Tensor) -> MMDiTConditioning:
         """ids [B, 3, LENGTH]; rows with keep_t5 [B] False get zeros for T5, SD3's rule for "no T5"."""
-        text_l, pooled_l = self.clip_l(ids[:, 0])
-        text_g, pooled_g = self.clip_g(ids[:, 1])
-        text_t5 = self.t5(ids[:, 2]) * keep_t5[:, None, None]
+        (text_l, text_g, text_t5), (pooled_l, pooled_g) = self.encoders(ids)
         clip = torch.cat([text_l, text_g], dim=2)  # [B, LENGTH, 256], already as wide as T5
-        text = torch.cat([clip, text_t5], dim=1)  # [B, 2 LENGTH, 256]
+        text = torch.cat([clip, text_t5 * keep_t5[:, None, None]], dim=1)  # [B, 2 LENGTH, 256]
         return MMDiTConditioning(text=text, pooled=torch.cat([pooled_l, pooled_g], dim=1))
 
     def loss(
-        self, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator, step: int
+        self, predict: Callable, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator
     ) -> Tensor:
         """Squared error of the velocity; logit-normal times shifted by 3 towards noise.
 
@@ -157,7 +110,7 @@ class SD3Demo(nn.Module):
         s = (3 * s / (1 + 2 * s)).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = (1 - s)[:, None, None, None] * latents + s[:, None, None, None] * noise
-        predicted = self.denoiser(noisy, 1000 * s, self.condition(ids, keep_t5))
+        predicted = predict(noisy, 1000 * s, self.condition(ids, keep_t5))
         return (predicted.float() - (noise - latents)).square().mean()
 
     @torch.no_grad()

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weights.demo.denoisers import CLIP_SIZES, LENGTH, SIDE, MMDIT, T5_SIZES, UNET
+from weights.demo.denoisers import MMDIT, SIDE, UNET
 from weights.demo.loop import write_safetensors
+from weights.demo.text_encoders import CLIP_SIZES, LENGTH, T5_SIZES
 
 PROMPT = "a large red circle left of a small blue square on a yellow background"
 TO_OPENCLIP = (  # transformers naming -> OpenCLIP naming, for what is more than a prefix (see `openclip`)
@@ -41,12 +42,12 @@ def single_file(family: str, model: nn.Module, autoencoder: nn.Module) -> dict[s
     """Every tensor under its official single-file name."""
     parts = {"model.diffusion_model.": model.denoiser.state_dict(), "first_stage_model.": autoencoder.state_dict()}
     if family == "sdxl":
-        parts["conditioner.embedders.0.transformer."] = model.clip_l.state_dict()
-        parts["conditioner.embedders.1.model."] = openclip(model.clip_g.state_dict())
+        parts["conditioner.embedders.0.transformer."] = model.encoders.clip_l.state_dict()
+        parts["conditioner.embedders.1.model."] = openclip(model.encoders.clip_g.state_dict())
     else:
-        parts["text_encoders.clip_l.transformer."] = model.clip_l.state_dict()
-        parts["text_encoders.clip_g.transformer."] = model.clip_g.state_dict()
-        t5 = model.t5.state_dict()
+        parts["text_encoders.clip_l.transformer."] = model.encoders.clip_l.state_dict()
+        parts["text_encoders.clip_g.transformer."] = model.encoders.clip_g.state_dict()
+        t5 = model.encoders.t5.state_dict()
         parts["text_encoders.t5xxl.transformer."] = t5 | {"encoder.embed_tokens.weight": t5["shared.weight"].clone()}
     return {prefix + name: tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
 

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def attention(device: torch.device) -> AbstractContextManager:
+    """The attention kernel to train with: the backward of the CPU's fused one is slow for so few tokens."""
+    return sdpa_kernel(SDPBackend.MATH if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Run:

@@ -127,6 +127,15 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return f"on {ground}, {subject}"
 
 
+def hint(scene: Scene, rng: random.Random) -> str:
+    """Says only a part of the scene: one object, its shape or its colour, or the background."""
+    item = rng.choice(scene.objects)
+    ground = f"{_say(scene.background, rng)} {_say('background', rng)}"
+    size, colour, shape = (_say(name, rng) for name in (item.size, item.colour, item.shape))
+    noun = rng.choice([f"{size} {colour} {shape}", f"{colour} {shape}", shape, colour])
+    return rng.choice([noun, _article(noun), ground, _article(ground), f"{_article(noun)} on {_article(ground)}"])
+
+
 def sample(split: str, index: int) -> tuple[Scene, str]:
     """The scene and caption number `index` of a split (a name such as "train" or "test": splits share no seeds)."""
     rng = random.Random(f"{split}/{index}")

@@ -15,7 +15,7 @@ from weights.demo.scenes import render, sample
 SIDE = 128
 CROP = 64  # most steps see a quarter of the picture, the last 15% all of it
 PLAN = Plan(steps=6000, batch=8, rate=1.5e-3, warmup=200, ema=0.998)
-KL = 3e-4  # weight of the KL term, in nats per latent number: enough noise that the decoder forgives small errors
+KL = {"sdxl": 3e-4, "sd3": 2e-3}  # weight of the KL term a latent number: noise that teaches the decoder to forgive
 LATENTS = 24576  # scenes whose latents are kept
 CONFIGS = {
     "sdxl": AutoencoderConfig(channels=16, multipliers=(1, 2, 4, 4), blocks=1, latent_channels=4, groups=8),
@@ -38,7 +38,7 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
-def autoencoder_loss(model: Autoencoder, images: Tensor, noise: Tensor) -> Tensor:
+def autoencoder_loss(model: Autoencoder, images: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
     """L1 + L2 + L1 of the edges + KL of the posterior to a unit normal; images [B, 3, H, W]."""
     mean, log_variance = model.encode(images)
     log_variance = log_variance.clamp(-30, 20)
@@ -46,7 +46,7 @@ def autoencoder_loss(model: Autoencoder, images: Tensor, noise: Tensor) -> Tenso
     error = decoded - images
     edge = sum(difference.abs().mean() for difference in edges(error))
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return error.abs().mean() + error.square().mean() + edge + KL * kl
+    return error.abs().mean() + error.square().mean() + edge + kl_weight * kl
 
 
 def picture_batch(generator: torch.Generator, count: int, crop: int) -> Tensor:
@@ -91,7 +91,7 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
         latent_side = images.shape[-1] // 8
         noise = torch.randn(len(images), model.config.latent_channels, latent_side, latent_side, generator=generator)
         with torch.autocast(device.type, torch.bfloat16):
-            return autoencoder_loss(model, images.to(device), noise.to(device))
+            return autoencoder_loss(model, images.to(device), noise.to(device), KL[family])
 
     def show() -> None:
         images = torch.stack([render(sample("test", index)[0], SIDE) for index in range(8)])

@@ -1,0 +1,78 @@
+"""How well a demo checkpoint follows prompts that it never saw: `python benchmarks/scenes.py --family sd3 --prompts 256`.
+
+Makes a picture of each prompt (serial, 50 steps, the checkpoint's guidance) and has `weights/demo/checker.py` look at it:
+background, number of objects, colour, shape, size, relation, everything at once. Prints a table with the conditions.
+The checker itself is measured first, on rendered scenes and on the same scenes with another scene's caption.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hybridiff.pipeline import GUIDANCE, PAPER_RULES, Request, generate  # noqa: E402
+from hybridiff.transport import Mailbox  # noqa: E402
+from weights.demo.checker import compare, shares  # noqa: E402
+from weights.demo.scenes import render, sample  # noqa: E402
+from weights.demo.train_vae import save_sheet  # noqa: E402
+from weights.load import open_checkpoint  # noqa: E402
+
+
+def checker_shares(drawn: list) -> tuple[dict[str, float], dict[str, float]]:
+    """The checker on rendered ground truth, and with every scene's picture given to the next caption."""
+    pictures = [render(scene) for scene, _ in drawn]
+    true = [compare(*pair, picture) for pair, picture in zip(drawn, pictures)]
+    shuffled = [compare(*pair, picture) for pair, picture in zip(drawn[1:] + drawn[:1], pictures)]
+    return shares(true), shares(shuffled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--family", choices=("sdxl", "sd3"), required=True)
+    parser.add_argument("--weights", help="another checkpoint than the family's demo")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0, help="chooses the prompts and the noise")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write the first 64 pictures side by side")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    checkpoint = open_checkpoint(args.weights or f"demo-{args.family}")
+    guidance = args.guidance or checkpoint.defaults.get("guidance", GUIDANCE[args.family])
+    drawn = [sample(f"prompts of {args.seed}", index) for index in range(args.prompts)]
+    true, shuffled = checker_shares(drawn)
+
+    verdicts, pictures, started = [], [], time.monotonic()
+    for index, (scene, caption) in enumerate(drawn):
+        request = Request(caption, None, args.steps, guidance, 128, 128, args.seed * 100000 + index, None, "serial",
+                          PAPER_RULES[args.family], torch.float32)
+        image = generate(checkpoint, request, Mailbox(), torch.device("cpu")).image.permute(2, 0, 1) / 127.5 - 1
+        verdicts.append(compare(scene, caption, image))
+        pictures.append(image)
+        if (index + 1) % 16 == 0:
+            print(f"{index + 1}/{args.prompts} pictures, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    found = shares(verdicts)
+    print(f"{args.weights or f'demo-{args.family}'}: {args.prompts} unseen prompts of seed {args.seed}, serial, {args.steps} steps, "
+          f"guidance {guidance}, fp32\n")
+    print("| right | pictures | checker on rendered scenes | on shuffled captions |\n| --- | --- | --- | --- |")
+    for question in found:
+        print(f"| {question} | {found[question]:.1%} | {true[question]:.1%} | {shuffled[question]:.1%} |")
+    if args.json:
+        conditions = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        each = [{"caption": caption, **verdict} for (_, caption), verdict in zip(drawn, verdicts)]
+        args.json.write_text(json.dumps({"conditions": conditions | {"guidance": guidance}, "right": found, "checker": true,
+                                         "shuffled": shuffled, "pictures": each}, indent=1) + "\n")
+    if args.sheet:
+        shown = pictures[: min(64, len(pictures) // 8 * 8)]
+        save_sheet(torch.stack(shown), args.sheet)
+
+
+if __name__ == "__main__":
+    main()
