@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt", help="what to draw (default: the demo's own prompt)")
     add("--negative-prompt", help="what to keep out")
     add("--steps", type=int, default=50)
-    add("--guidance", type=float, help="scale of classifier-free guidance (default: the checkpoint's or family's)")
+    add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
     add("--height", type=int, help="pixels (default: the checkpoint's)")
     add("--width", type=int, help="pixels (default: the checkpoint's)")
     add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")

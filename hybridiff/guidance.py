@@ -4,7 +4,12 @@ from torch import Tensor
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): uncond + scale * (cond - uncond), all of one shape."""
+    """Classifier-free guidance (Ho and Salimans 2022): uncond + scale * (cond - uncond), all of one shape.
+
+    A scale of 1 or less means none: `cond` alone, whatever the scale, as in diffusers' pipelines.
+    """
+    if scale <= 1:
+        return cond
     return uncond + scale * (cond - uncond)
 
 

@@ -42,8 +42,8 @@ class UNetConfig:
 
     @property
     def multiple(self) -> int:
-        """Height and width of the latents must be multiples of this."""
-        return 2 ** (len(self.multipliers) - 1)
+        """Height and width of the latents must be multiples of this: they may be any."""
+        return 1
 
 
 class UNetConditioning(NamedTuple):
@@ -175,7 +175,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side by a 3x3 convolution of stride 2."""
+    """Halve the side, rounded up, by a 3x3 convolution of stride 2."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -186,32 +186,37 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a 3x3 convolution."""
+    """Double the side by nearest neighbour, an odd side short of the last row or column; then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, side: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=side, mode="nearest"))
 
 
 class Block(nn.Sequential):
-    """One entry of input_blocks, middle_block or output_blocks: hands each layer the inputs that its kind takes."""
+    """One entry of input_blocks, middle_block or output_blocks: hands each layer the inputs that its kind takes.
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    `side`: height and width to which an upsampling brings x.
+    """
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, side: torch.Size | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, side)
             else:
                 x = layer(x)
         return x
 
 
 class UNet(nn.Module):
-    """Predicts the noise in latents x (B, in_channels, h, w); h and w multiples of 2 ** (levels - 1)."""
+    """Predicts the noise in latents x (B, in_channels, h, w)."""
 
     Boundary = Features
 
@@ -282,23 +287,28 @@ class UNet(nn.Module):
 
     def inner(self, features: Features, t: Tensor, conditioning: UNetConditioning, cut: int) -> Features:
         """input_blocks[cut:], the middle, output_blocks[:n-cut]."""
-        emb, skips, h = self.embed(t, conditioning), [], features.hidden
+        emb, h = self.embed(t, conditioning), features.hidden
+        skips = [h]  # stays at the bottom: what leaves has the side of what came
         for block in self.input_blocks[cut:]:
             h = block(h, emb, conditioning.text)
             skips.append(h)
         h = self.middle_block(h, emb, conditioning.text)
-        for block in self.output_blocks[: self.config.input_blocks - cut]:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, conditioning.text)
-        return Features(h)
+        blocks = self.output_blocks[: self.config.input_blocks - cut]
+        return Features(self.climb(blocks, h, skips, emb, conditioning.text))
 
     def exit(
         self, features: Features, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning, cut: int
     ) -> Tensor:
         """output_blocks[n-cut:] and the output layers -> predicted noise (B, out_channels, h, w)."""
-        emb, skips, h = self.embed(t, conditioning), list(skips), features.hidden
-        for block in self.output_blocks[self.config.input_blocks - cut :]:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, conditioning.text)
-        return self.out(h)
+        emb, blocks = self.embed(t, conditioning), self.output_blocks[self.config.input_blocks - cut :]
+        return self.out(self.climb(blocks, features.hidden, list(skips), emb, conditioning.text))
+
+    def climb(self, blocks: nn.ModuleList, h: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
+        """Output blocks, each on its skip too; upsampling goes to the side of the next skip, as in diffusers."""
+        for block in blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb, context, skips[-1].shape[2:] if skips else None)
+        return h
 
     def default_cut(self) -> int:
         """The depth at which the released SDXL code cuts: after the last downsampling (7 of 9)."""
@@ -308,10 +318,10 @@ class UNet(nn.Module):
         """Shapes of what leaves `entry` and of what leaves `inner`, for latents (B, C, h, w); 0 < cut < input blocks."""
         levels = [i // (self.config.blocks + 1) for i in range(self.config.input_blocks)]
         widths = [self.config.channels * m for m in self.config.multipliers]
-        # a downsampling block closes its level, so the side is halved once more right after it
+        # a downsampling block closes its level, so the side is halved (rounded up) once more right after it
         halvings = sum(1 for i in range(1, cut) if i % (self.config.blocks + 1) == 0)
         b, _, h, w = latents
-        h, w = h >> halvings, w >> halvings
+        h, w = -(-h >> halvings), -(-w >> halvings)
         # such a block still has the width of the level that it closes
         entry_width = widths[max(0, levels[cut - 1] - (1 if (cut - 1) % (self.config.blocks + 1) == 0 else 0))]
         inner_level = len(widths) - 1 - levels[self.config.input_blocks - cut - 1]

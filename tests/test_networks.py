@@ -89,7 +89,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (8, 24)])
+@pytest.mark.parametrize("height, width", [(16, 16), (8, 24), (13, 22), (1, 7)])
 @torch.inference_mode()
 def test_sdxl_like_unet_close_to_diffusers(height: int, width: int):
     theirs = randomize(UNet2DConditionModel(sample_size=16, **SDXL_LIKE))
@@ -158,13 +158,14 @@ def test_autoencoder_with_the_old_attention_names_equal():
         assert torch.equal(source.make([tensors[k] for k in source.keys]), other.make([renamed[k] for k in other.keys]))
 
 
+@pytest.mark.parametrize("height, width", [(8, 12), (9, 14), (11, 7)])
 @pytest.mark.parametrize("blocks", [1, 2])
 @torch.inference_mode()
-def test_every_cut_of_the_unet_equals_forward(blocks: int):
+def test_every_cut_of_the_unet_equals_forward(blocks: int, height: int, width: int):
     config = UNetConfig(channels=16, multipliers=(1, 2, 4), blocks=blocks, depths=(0, 1, 1), middle_depth=1,
                         heads=(1, 2, 4), context_width=24, vector_width=20, groups=8)  # fmt: skip
     net = randomize(UNet(config))
-    x, t, conditioning = noise(1, 4, 8, 12), torch.tensor([700.0]), UNetConditioning(noise(1, 5, 24), noise(1, 20))
+    x, t, conditioning = noise(1, 4, height, width), torch.tensor([700.0]), UNetConditioning(noise(1, 5, 24), noise(1, 20))
     expected = net(x, t, conditioning)
     for cut in range(1, config.input_blocks):
         features, skips = net.entry(x, t, conditioning, cut)

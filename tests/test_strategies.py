@@ -16,6 +16,7 @@ FAMILIES = ("sdxl", "sd3")
 def results(tmp_path_factory):
     """All two-rank runs of this file, from one pair of processes."""
     cases = [((f, "condition", 12, EARLY), {"sampler": s}) for f, s in (("sdxl", "ddim"), ("sdxl", "euler"), ("sd3", None))]
+    cases.append((("sdxl", "condition", 3, EARLY), {"guidance": 0.5}))
     cases += [((f, "paper", 12, rule), {}) for f in FAMILIES for rule in (EARLY, CAPPED, TAIL)]
     cases += [(("sdxl", "paper", 9, CAPPED), {"cut": cut}) for cut in (1, 3, 4, 6, 8)]
     cases += [(("sd3", "paper", 9, CAPPED), {"cut": (0, 1)}), (("sd3", "paper", 9, CAPPED), {"cut": (0, 3)})]

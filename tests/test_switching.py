@@ -43,4 +43,6 @@ def test_later_values_change_nothing():
 def test_guidance_and_discrepancy():
     cond, uncond = torch.tensor([3.0, -1.0]), torch.tensor([1.0, -3.0])
     assert torch.equal(guide(cond, uncond, 5.0), torch.tensor([11.0, 7.0]))
+    assert torch.equal(guide(cond, uncond, 1.5), torch.tensor([4.0, 0.0]))
+    assert all(torch.equal(guide(cond, uncond, scale), cond) for scale in (1.0, 0.5, 0.0, -2.0))
     assert discrepancy(cond, uncond).item() == 1.0  # mean 2 over mean 2
