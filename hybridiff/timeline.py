@@ -1,7 +1,7 @@
 """What a schedule costs, before anything is run: its timeline from the cost of each part, as data and as text."""
 
 from collections import Counter
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Mapping, NamedTuple, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,19 +49,26 @@ def plan_all(strategy: Strategy, settings: Settings) -> list[StepPlan]:
     return [strategy.plan(step, rising[:step], settings) for step in range(settings.steps)]
 
 
-def timeline(plans: Sequence[StepPlan], costs: Costs) -> list[Bar]:
-    """Every rank's bars, if messages and everything but the network took no time. A receive waits for its send."""
+def timeline(plans: Sequence[StepPlan], costs: Costs, delays: Mapping[str, float] = {}) -> list[Bar]:
+    """Every rank's bars, if everything but the network and the messages took no time. A receive waits for its message.
+
+    A message is under way for `delays[kind]`, in the unit of the costs (no time where not told), one after the other in
+    each direction between two ranks.
+    """
     clock = [0.0] * len(plans[0].operations)
+    free: dict[tuple[int, int], float] = {}  # (sender, receiver) -> when the last message has arrived
     bars = []
     for step, plan in enumerate(plans):
-        sent: dict[tuple[int, int], list[float]] = {}  # (sender, receiver) -> when each message left
+        sent: dict[tuple[int, int], list[float]] = {}  # (sender, receiver) -> when each message arrives
         for rank, operation in interleave(list(enumerate(plan.operations)), lambda r, to: bool(sent.get((r.source, to)))):
             start = clock[rank]
             if isinstance(operation, Run):
                 clock[rank] += costs[operation.part] * (2 if operation.text == "both" else 1)
                 bars.append(Bar(rank, step, start, clock[rank], "run", str(operation)))
             elif isinstance(operation, Send):
-                sent.setdefault((rank, operation.to), []).append(start)
+                lane = rank, operation.to
+                free[lane] = max(start, free.get(lane, 0.0)) + delays.get(operation.value.what, 0.0)
+                sent.setdefault(lane, []).append(free[lane])
             elif isinstance(operation, Receive):
                 clock[rank] = max(start, sent[operation.source, rank].pop(0))
                 if clock[rank] > start:
@@ -87,10 +94,15 @@ def draw(bars: Sequence[Bar], ranks: int, columns_per_unit: int = 16) -> str:
     return "\n".join(f"  rank {rank}  {''.join(row).rstrip()}" for rank, row in enumerate(rows))
 
 
+def message_bytes(task: Task) -> dict[str, int]:
+    """Bytes of one message of each kind."""
+    kinds = ("prediction", "entry", "inner", "discrepancy")
+    return {kind: sum(shape.numel() * d.itemsize for shape, d in task.message(Value(kind))) for kind in kinds}
+
+
 def total_bytes(plans: Sequence[StepPlan], task: Task) -> Counter[str]:
     """Bytes of all messages by kind, from the schedule alone: what the transport will count, to the byte."""
-    kinds = ("prediction", "entry", "inner", "discrepancy")
-    sizes = {kind: sum(shape.numel() * d.itemsize for shape, d in task.message(Value(kind))) for kind in kinds}
+    sizes = message_bytes(task)
     return sum((bytes_sent(plan, sizes) for plan in plans), Counter())
 
 

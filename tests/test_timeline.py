@@ -5,30 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybridiff.denoise import Task
-from hybridiff.samplers import make_sampler
+from benchmarks.full_size import make_task as make_full_task
 from hybridiff.schedule import Run, Step, StepPlan, prediction
 from hybridiff.strategies import Settings, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.timeline import draw, explain, length, part_costs, plan_all, timeline, total_bytes
-from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
-from models.unet import UNet, UNetConditioning, UNetConfig
 from tests.tiny import make_task, run
 
 CAPPED = SwitchRule(window=50, cap=4, interval=3)
 PAPER = {"sdxl": SwitchRule(window=50, cap=15, interval=5), "sd3": SwitchRule(window=50, cap=40, interval=5)}
-
-
-def full_size_task(family: str) -> Task:
-    """SDXL or SD3-medium at 1024 x 1024 in fp16 on the meta device, 333 text tokens for SD3."""
-    with torch.device("meta"):
-        if family == "sdxl":
-            net, noise = UNet(UNetConfig()), torch.empty(1, 4, 128, 128)
-            told = UNetConditioning(torch.empty(1, 77, 2048).half(), torch.empty(1, 2816).half())
-        else:
-            net, noise = MMDiT(MMDiTConfig()), torch.empty(1, 16, 128, 128)
-            told = MMDiTConditioning(torch.empty(1, 333, 4096).half(), torch.empty(1, 2048).half())
-    return Task(net.half(), net.default_cut(), make_sampler(family, None, 50), {"cond": told, "uncond": told}, 5.0, noise)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
@@ -41,7 +26,7 @@ def test_bytes_told_are_the_bytes_sent(family):
 @pytest.mark.parametrize("family, most", [("sdxl", 0.04e9), ("sd3", 0.12e9)])
 def test_full_size_bytes_and_ideal_speed_up(family, most):
     """At 1024 x 1024, fp16, 50 steps, k = 5 few bytes travel; the ideal speed-up is that of the arithmetic."""
-    task = full_size_task(family)
+    task = make_full_task(family, 1024, 50, torch.float16)
     plans = plan_all(strategies(family)["paper"], Settings(50, PAPER[family]))
     assert 0 < total_bytes(plans, task).total() <= most
     costs = part_costs(task)
@@ -64,6 +49,14 @@ def test_a_receive_waits_for_its_send():
     waits = [bar for bar in bars if bar.what == "wait" and bar.step == 5]
     assert [bar.rank for bar in waits] == [0] and abs(waits[0].end - waits[0].start - 0.2) < 1e-9
     assert abs(length(bars) - (4 + 1 + 3 * 0.6 + 4)) < 1e-9
+
+
+def test_messages_take_their_time_one_after_the_other():
+    """Worked by hand: a guided step of 1, then the exchange of 0.25; the discrepancy follows on the same lane with 0.5."""
+    plans = plan_all(strategies("sdxl")["paper"], Settings(12, CAPPED))[:2]
+    delays = {"prediction": 0.25, "discrepancy": 0.5}
+    assert length(timeline(plans[:1], {"whole": 1.0}, delays)) == 1.75
+    assert [bar.end - bar.start for bar in timeline(plans[:1], {"whole": 1.0}, delays) if bar.what == "wait"] == [0.25, 0.25, 0.5]
 
 
 def test_drawing():

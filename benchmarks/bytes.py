@@ -1,0 +1,81 @@
+"""Bytes that travel for one picture, from the schedule alone: `python benchmarks/bytes.py`.
+
+SDXL and SD3-medium (333 text tokens) in 50 steps at 1024 x 1024 in fp16; shapes only, no weights, nothing is computed.
+tests/test_benchmarks.py and tests/test_timeline.py hold the same arithmetic against what the transport counts.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, make_task, row_plan, table  # noqa: E402
+from hybridiff.timeline import plan_all, total_bytes  # noqa: E402
+
+# Jung et al., arXiv 2602.21760, Table 1: "comm. (GB)" of a picture at 1024 x 1024, two GPUs, T = 50. They are GiB and count
+# all-reduces within one rank too; of SDXL's 0.516, messages between the ranks are 0.504 (counted in their released code).
+GIB = 2**30
+PUBLISHED = {("sdxl", "paper-5"): 0.516 * GIB, ("sd3", "paper-5"): 0.189 * GIB}
+ALSO_PUBLISHED = {  # of the same table, for scale
+    "sdxl": {"DistriFusion": 0.525 * GIB, "AsyncDiff, stride 1": 9.830 * GIB},
+    "sd3": {"AsyncDiff, stride 1": 1.290 * GIB, "xDiT ring": 121.646 * GIB, "ParaStep": 0.032 * GIB},
+}
+TARGETS = {("sdxl", "paper-5"): 0.04e9, ("sd3", "paper-5"): 0.12e9}  # at most, bytes, under the default conditions
+ROWS = ("condition", *(f"paper-{k}" for k in INTERVALS))
+KINDS = ("prediction", "entry", "inner", "discrepancy")
+
+
+def count(family: str, row: str, size: int, steps: int, tiny: bool) -> dict:
+    """Bytes by kind of one picture, and what its schedule is."""
+    strategy, settings = row_plan(family, row, steps)
+    plans = plan_all(strategy, settings)
+    sent = total_bytes(plans, make_task(family, size, steps, torch.float16, tiny))
+    pipelined = [step for step, plan in enumerate(plans) if plan.stage == "parallelism"]
+    span = {"first pipelined step": pipelined[0], "last pipelined step": pipelined[-1]} if pipelined else {}
+    return {"bytes": sent.total(), "by kind": dict(sent), **span}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, default=1024, help="pixels a side")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--tiny", action="store_true", help="small networks, for the test")
+    args = parser.parse_args()
+    if args.size < 32 or args.size % 32 or args.size > 3072:
+        parser.error(f"--size {args.size} does not fit the networks: give a multiple of 32 from 32 to 3072.")
+    if not 2 <= args.steps < 1000:
+        parser.error(f"--steps {args.steps} is out of range: give a number from 2 to 999.")
+    conditions = {"size": args.size, "steps": args.steps, "dtype": "float16", "ranks": 2, "pictures": 1,
+                  "switch": "by the cap", "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size"}  # fmt: skip
+    usual = (args.size, args.steps, args.tiny) == (1024, 50, False)  # the conditions of the targets and the paper's table
+    print(in_words(conditions) + "\n\nGB = 10^9 bytes, over both ranks. The paper's figures are GiB, turned into GB here.\n")
+    results = {family: {row: count(family, row, args.size, args.steps, args.tiny) for row in ROWS} for family in FAMILIES}
+    lines, met = [], True
+    for family, rows in results.items():
+        for row, result in rows.items():
+            first, last = (result.get(f"{which} pipelined step") for which in ("first", "last"))
+            target, published = (known.get((family, row)) if usual else None for known in (TARGETS, PUBLISHED))
+            result |= {"target": target, "published": published}
+            met &= target is None or result["bytes"] <= target
+            verdict = None if target is None else f"{target / 1e9:.2f}, {'met' if result['bytes'] <= target else 'MISSED'}"
+            kinds = [f"{result['by kind'].get(kind, 0):,}" for kind in KINDS]
+            steps = None if first is None else f"{first} to {last}"
+            paper = None if published is None else published / 1e9
+            lines.append([family, row, steps, *kinds, f"{result['bytes'] / 1e9:.4f}", verdict, paper])
+    print(table(["model", "row", "pipelined steps", *(f"{kind}, bytes" for kind in KINDS), "GB", "at most", "paper, GB"], lines))
+    if usual:
+        others = [[family, name, value / 1e9] for family, known in ALSO_PUBLISHED.items() for name, value in known.items()]
+        print("\nOther methods as the paper's Table 1 (arXiv 2602.21760) has them\n\n" + table(["model", "method", "GB"], others))
+    if args.json:
+        args.json.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

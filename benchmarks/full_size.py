@@ -1,0 +1,116 @@
+"""What the benchmarks share: SDXL and SD3-medium at full size without their weights, the rows that they compare, tables."""
+
+import os
+import platform
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hybridiff.denoise import Task
+from hybridiff.pipeline import GUIDANCE, PAPER_RULES, draw_noise
+from hybridiff.samplers import make_sampler
+from hybridiff.strategies import Settings, Strategy, strategies
+from hybridiff.switching import SwitchRule
+from models.embeddings import sinusoid
+from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
+from models.unet import UNet, UNetConditioning, UNetConfig
+
+FAMILIES = ("sdxl", "sd3")
+INTERVALS = (5, 10, 20, 30)  # k, as in the paper's Table 4
+FACTOR = 8  # pixels a side of one latent
+SEED, BLOCK = 0, 2**24  # of the random values, and how many are drawn before they repeat
+FULL = {"sdxl": UNetConfig(), "sd3": MMDiTConfig()}
+TINY = {
+    "sdxl": UNetConfig(channels=16, depths=(0, 1, 1), middle_depth=1, heads=(1, 2, 4), context_width=24, vector_width=20, groups=8),
+    "sd3": MMDiTConfig(width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=12),
+}  # fmt: skip
+TOKENS = {"sdxl": 77, "sd3": 77 + 256}  # of the text: CLIP's, and T5's after them
+
+
+def size_width(config: UNetConfig) -> int:
+    """Width of one of the six sinusoids in the U-Net's vector: 256 at full size."""
+    return 256 if config.vector_width > 6 * 256 else 2
+
+
+def fill(net: nn.Module) -> None:
+    """Seeded random weights, quickly: matrices uniform, of variance 1 / fan-in; norms one, biases zero."""
+    block = torch.rand(BLOCK, generator=torch.Generator().manual_seed(SEED)) * 2 - 1
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim == 1:
+            tensor.fill_(float(name.endswith("weight")))
+            continue
+        flat, scale = tensor.view(-1), (3 / tensor[0].numel()) ** 0.5
+        for start in range(0, flat.numel(), BLOCK):
+            piece = flat[start : start + BLOCK]
+            piece.copy_(block[: piece.numel()] * scale)
+
+
+def texts(family: str, config: UNetConfig | MMDiTConfig, size: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """"cond" and "uncond" -> random text (1, L, context width) and pooled text (1, width)."""
+    generator = torch.Generator().manual_seed(SEED)
+    pooled = config.vector_width - 6 * size_width(config) if family == "sdxl" else config.pooled_width
+    shapes = (1, TOKENS[family], config.context_width), (1, pooled)
+    return {text: tuple(torch.randn(s, generator=generator).to(dtype) for s in shapes) for text in ("cond", "uncond")}
+
+
+def make_task(
+    family: str, size: int, steps: int, dtype: torch.dtype, tiny: bool = False, device: torch.device | str = "meta"
+) -> Task:
+    """A picture of size x size pixels in `steps` steps by the family's default sampler; the same task in every process.
+
+    On the meta device there are only shapes and dtypes, elsewhere weights and texts are random.
+    """
+    config = (TINY if tiny else FULL)[family]
+    with torch.device("meta"):
+        net = (UNet if family == "sdxl" else MMDiT)(config).to(dtype)
+    net.eval().requires_grad_(False)
+    if torch.device(device).type != "meta":
+        net = net.to_empty(device="cpu")
+        fill(net)
+    told = texts(family, config, size, dtype)
+    if family == "sdxl":  # pooled text, then the six sizes
+        sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
+        sizes = sinusoid(sizes, size_width(config)).flatten(1).to(dtype)
+        told = {text: UNetConditioning(t, torch.cat([pooled, sizes], 1)) for text, (t, pooled) in told.items()}
+    else:
+        told = {text: MMDiTConditioning(*pair) for text, pair in told.items()}
+    told = {text: type(value)(*(t.to(device) for t in value)) for text, value in told.items()}
+    channels = config.in_channels if family == "sdxl" else config.latent_channels
+    noise = draw_noise(channels, size // FACTOR, size // FACTOR, SEED).to(device)
+    return Task(net.to(device), net.default_cut(), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
+
+
+def row_plan(family: str, row: str, steps: int) -> tuple[Strategy, Settings]:
+    """The strategy and settings of a row: "serial", "batched", "condition" or "paper-K".
+
+    The switch comes by the cap, so that it does not depend on what the networks predict: the paper's cap, or earlier where
+    the k + 1 pipelined steps would else pass the last step.
+    """
+    name, _, k = row.partition("-")
+    k = int(k or 5)
+    cap = max(1, min(PAPER_RULES[family].cap, steps - k - 1))
+    return strategies(family)[name], Settings(steps, SwitchRule(window=steps + 1, slope=0.0, cap=cap, interval=k))
+
+
+def machine() -> dict[str, object]:
+    """Where and with what something was measured."""
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
+        if os.path.exists("/proc/cpuinfo") else []  # fmt: skip
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "memory GB": round(memory, 1),
+            "torch": torch.__version__, "python": platform.python_version(), "seed": SEED}  # fmt: skip
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in markdown; floats with three digits after the point, None as nothing."""
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+def in_words(conditions: dict[str, object]) -> str:
+    """Conditions in one line."""
+    return "; ".join(f"{name} {value}" for name, value in conditions.items())
