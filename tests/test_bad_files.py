@@ -123,6 +123,13 @@ def test_a_bad_config_json(text: str, tmp_path: Path):
     assert "unet" in sentence(tmp_path)
 
 
+@pytest.mark.parametrize("value", ['"no"', "null", "0"])
+def test_a_bad_model_index(value: str, tmp_path: Path):
+    write_folder(tmp_path, "sdxl", {"denoiser": random_states("sdxl", torch.float16)["denoiser"]})
+    (tmp_path / "model_index.json").write_text(f'{{"force_zeros_for_empty_prompt": {value}}}')
+    assert "must be true or false" in sentence(tmp_path)
+
+
 def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     names = "nothing", "no/such/file.safetensors", "a\0b", "", "x" * 5000, "demo-sd4", "/dev/null", "~nobody.here/x"
     for name in names:

@@ -77,6 +77,7 @@ class Contents:
     parts: dict[str, Part]
     defaults: dict  # prompt, height, width, guidance, shift, as far as they are given
     t5_length: int | None = None
+    zero_negative: bool = True  # SDXL: whether no negative prompt means zeros (else the empty text)
 
 
 def kind_of(part: str, family: str) -> str:
@@ -201,7 +202,11 @@ def read_folder(path: Path) -> Contents:
     if family == "sdxl" and scheduler.get("prediction_type", "epsilon") != "epsilon":
         raise WeightsError(f"{path} predicts {ascii(scheduler['prediction_type']):.50}; only epsilon is done here.")
     defaults = {"shift": scheduler["shift"]} if family == "sd3" and "shift" in scheduler else {}
-    return Contents(family, "folder", path, parts, checked_defaults(path, defaults))
+    index = path / "model_index.json"
+    zeros = read_json(index).get("force_zeros_for_empty_prompt", True)
+    if not isinstance(zeros, bool):
+        raise WeightsError(f"{index} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false.")
+    return Contents(family, "folder", path, parts, checked_defaults(path, defaults), zero_negative=zeros)
 
 
 def read_json(path: Path) -> dict:
