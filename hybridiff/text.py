@@ -41,10 +41,12 @@ def encode(
 def encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtype) -> dict[str, UNetConditioning]:
     """SDXL: penultimate states of CLIP-L and bigG side by side; bigG's pooled text and six sizes as the vector.
 
-    Without a negative prompt the unconditional text is zeros; an empty one is encoded. Sizes: original height and width,
+    Without a negative prompt the unconditional text is zeros, or the empty text where the checkpoint's folder says so
+    (`force_zeros_for_empty_prompt` is false); an empty one is encoded. Sizes: original height and width,
     crop top and left, target height and width, each a 256-wide sinusoid (Podell et al. 2023, Sec. 2.2).
     """
-    texts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+    zeros = negative_prompt is None and checkpoint.zero_negative
+    texts = [prompt] if zeros else [prompt, negative_prompt or ""]
     clip_l = run_encoder(checkpoint, "clip_l", texts, device, dtype)
     clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
     sizes = torch.tensor([height, width, 0, 0, height, width], device=device)
@@ -56,7 +58,7 @@ def encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtyp
         return UNetConditioning(text, torch.cat([pooled, sizes], dim=1))
 
     branches = [(torch.cat([l, g], dim=2), pooled) for (l, _), (g, pooled) in zip(clip_l, clip_g)]
-    if negative_prompt is None:
+    if zeros:
         branches.append((torch.zeros_like(branches[0][0]), torch.zeros_like(branches[0][1])))
     return {"cond": conditioning(*branches[0]), "uncond": conditioning(*branches[1])}
 

@@ -123,6 +123,26 @@ def test_a_bad_config_json(text: str, tmp_path: Path):
     assert "unet" in sentence(tmp_path)
 
 
+@pytest.mark.parametrize("value", ['"no"', "null", "0"])
+def test_a_bad_model_index(value: str, tmp_path: Path):
+    write_folder(tmp_path, "sdxl", {"denoiser": random_states("sdxl", torch.float16)["denoiser"]})
+    (tmp_path / "model_index.json").write_text(f'{{"force_zeros_for_empty_prompt": {value}}}')
+    assert "must be true or false" in sentence(tmp_path)
+
+
+@pytest.mark.parametrize("field, fits", [('"use_dynamic_shifting": true', False), ('"use_karras_sigmas": true', False),
+                                         ('"use_dynamic_shifting": false, "shift_terminal": null', True)])  # fmt: skip
+def test_schedules_of_sd3_folders(field: str, fits: bool, tmp_path: Path):
+    """What diffusers writes for SD3 itself is taken, its shift too; another schedule is refused by name."""
+    write_folder(tmp_path, "sd3", {"denoiser": random_states("sd3", torch.float16)["denoiser"]})
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(f'{{"shift": 2.5, {field}}}')
+    if fits:
+        assert open_checkpoint(str(tmp_path)).defaults == {"shift": 2.5}
+    else:
+        assert field.split('"')[1] in sentence(tmp_path)
+
+
 def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     names = "nothing", "no/such/file.safetensors", "a\0b", "", "x" * 5000, "demo-sd4", "/dev/null", "~nobody.here/x"
     for name in names:

@@ -50,6 +50,7 @@ CASES = [  # checkpoint, what is asked for
     ("sdxl", dict(sampler="euler", prompt=LONG, negative_prompt=LONG[20:])),
     ("sdxl", dict(sampler="ddim", **TALL)),
     ("sdxl", dict(sampler="ddim", prompt="", **NONE)),
+    ("sdxl encoded", dict(sampler="ddim", **NONE)),
     ("sdxl", dict(sampler="ddim", guidance=1.0, steps=6, **EMPTY)),
     ("sdxl", dict(sampler="euler", guidance=0.5)),
     ("sdxl", dict(sampler="euler", guidance=1.5)),
@@ -72,12 +73,14 @@ SCHEDULERS = {  # with the official folders' settings
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both families, and SD3 without T5, with a projection of CLIP-L that is not the identity, with another shift."""
+    """Both families, SDXL that encodes an absent negative prompt, and SD3 without T5, with a projection of CLIP-L that is not the identity, with another shift."""
     home = tmp_path_factory.mktemp("folders")
     found = {family: write_folder(home / family, family, random_states(family, torch.float32)) for family in CHANNELS}
     project(found["sd3"] / "text_encoder", torch.eye(64))  # the official folder has one too
     for name in ("sd3 without T5", "sd3 projected", "sd3 shifted"):
         found[name] = shutil.copytree(found["sd3"], home / name)
+    found["sdxl encoded"] = shutil.copytree(found["sdxl"], home / "sdxl encoded")
+    (found["sdxl encoded"] / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
     shutil.rmtree(found["sd3 without T5"] / "text_encoder_3")
     projection = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) / 8
     project(found["sd3 projected"] / "text_encoder", projection)
@@ -106,7 +109,11 @@ def pipeline_of(folder: Path) -> StableDiffusionXLPipeline | StableDiffusion3Pip
     if (folder / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(folder / "unet")
         parts |= dict(unet=unet, text_encoder=plain.from_pretrained(folder / "text_encoder"))
-        pipeline = StableDiffusionXLPipeline(**parts, scheduler=SCHEDULERS["euler"](), add_watermarker=False)
+        index = folder / "model_index.json"
+        settings = json.loads(index.read_text()) if index.is_file() else {}
+        pipeline = StableDiffusionXLPipeline(
+            **parts, **settings, scheduler=SCHEDULERS["euler"](), add_watermarker=False
+        )
     else:
         network = SD3Transformer2DModel.from_pretrained(folder / "transformer")
         parts |= dict(transformer=network, text_encoder=projected.from_pretrained(folder / "text_encoder"))
@@ -173,7 +180,8 @@ def test_what_is_compared_matters(folders: dict[str, Path]):
     for name in ("without T5", "projected", "shifted"):
         assert relative(latents(f"sd3 {name}"), latents("sd3")) > 1e-2
     assert relative(latents("sdxl", **NONE), latents("sdxl", **EMPTY)) > 1e-2
-    assert torch.equal(latents("sd3", **NONE), latents("sd3", **EMPTY))
+    for name in ("sd3", "sdxl encoded"):
+        assert torch.equal(latents(name, **NONE), latents(name, **EMPTY))
 
 
 def test_sdxl_without_a_negative_prompt_is_told_zeros(folders: dict[str, Path]):

@@ -32,6 +32,10 @@ FOLDERS = {  # family -> part -> its sub-folder
     "sd3": {"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
             "t5": "text_encoder_3"},
 }  # fmt: skip
+OTHER_FLOWS = (  # fields of a flow scheduler_config.json that, set, make another schedule of it
+    "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
+    "use_beta_sigmas", "stochastic_sampling",
+)  # fmt: skip
 IGNORED = re.compile(  # tensors outside the parts that some files hold and nobody needs
     r"model_ema\..*|denoiser\.sigmas|model\.model_sampling\.sigmas|text_encoders\.\w+\.logit_scale"
     r"|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?|betas"
@@ -77,6 +81,7 @@ class Contents:
     parts: dict[str, Part]
     defaults: dict  # prompt, height, width, guidance, shift, as far as they are given
     t5_length: int | None = None
+    zero_negative: bool = True  # SDXL: whether no negative prompt means zeros (else the empty text)
 
 
 def kind_of(part: str, family: str) -> str:
@@ -200,8 +205,15 @@ def read_folder(path: Path) -> Contents:
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     if family == "sdxl" and scheduler.get("prediction_type", "epsilon") != "epsilon":
         raise WeightsError(f"{path} predicts {ascii(scheduler['prediction_type']):.50}; only epsilon is done here.")
+    if family == "sd3" and (other := [name for name in OTHER_FLOWS if scheduler.get(name)]):
+        raise WeightsError(f"{path / 'scheduler'} asks for {', '.join(other)}, which is not done here: SD3's own schedule"
+                           " has a fixed shift and none of these.")
     defaults = {"shift": scheduler["shift"]} if family == "sd3" and "shift" in scheduler else {}
-    return Contents(family, "folder", path, parts, checked_defaults(path, defaults))
+    index = path / "model_index.json"
+    zeros = read_json(index).get("force_zeros_for_empty_prompt", True)
+    if not isinstance(zeros, bool):
+        raise WeightsError(f"{index} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false.")
+    return Contents(family, "folder", path, parts, checked_defaults(path, defaults), zero_negative=zeros)
 
 
 def read_json(path: Path) -> dict:
