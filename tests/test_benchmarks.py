@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks.full_size import FAMILIES, make_task, row_plan
+from benchmarks.speed import LINKS, by_medians, plans_of, predict
 from hybridiff.denoise import denoise
+from hybridiff.timeline import message_bytes, total_bytes
 from hybridiff.transport import Mailbox
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -33,3 +35,44 @@ def test_bytes_are_those_the_transport_counts(tmp_path):
             list(denoise(task, *row_plan(family, row, 12), transport))
             assert results[family][row]["by kind"] == dict(transport.finish())
             assert results[family][row]["bytes"] == transport.finish().total()
+
+
+@pytest.mark.parametrize("family, rows", [("sdxl", ["condition", "fewer-5"]), ("sd3", ["batched", "diffusers", "paper-5"])])
+def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
+    """Bytes `equal` by kind to the schedule's; a second run measures nothing; diffusers' network `close` to ours in bf16."""
+    options = "speed.py", "--tiny", "--family", family, "--size", 64, "--steps", 9, "--part-sizes", "--repeats", 1
+    options = *options, "--json", tmp_path / "speed.json", "--rows"
+    ran = script(*options, *rows[:-1])
+    assert ran.returncode == 0, ran.stderr
+    before = json.loads((tmp_path / "speed.json").read_text())["results"]
+    assert set(before) == {f"{family} 64 parts", *(f"{family} 64 9 steps {row}" for row in rows[:-1])}
+    ran = script(*options, *rows)
+    assert ran.returncode == 0 and f"| {rows[-1]} | 2 |" in ran.stdout, ran.stderr
+    results = json.loads((tmp_path / "speed.json").read_text())["results"]
+    assert {key: results[key] for key in before} == before
+    for row in rows:
+        result = results[f"{family} 64 9 steps {row}"]
+        expected = total_bytes(plans_of(family, row, result["steps"]), make_task(family, 64, 9, torch.bfloat16, True))
+        assert result["bytes"] == dict(expected)
+        assert [len(seconds) for seconds in result["seconds of each step"]] == [result["steps"]] * result["ranks"]
+        assert result.get("distance from our prediction", 0.0) < 0.02
+    ran = script(*options[:-3], "--steps", 9, "--repeats", 2, "--json", tmp_path / "speed.json")
+    assert ran.returncode == 2 and "other conditions" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_medians_are_taken_within_equal_steps():
+    """By hand: four equal steps of median 2.5, and one of another kind."""
+    plans = plans_of("sdxl", "condition", 2) * 2 + plans_of("sdxl", "serial", 1)
+    assert by_medians([1.0, 2.0, 9.0, 3.0, 5.0], plans) == 4 * 2.5 + 5.0
+
+
+def test_prediction_adds_up():
+    """By hand: two evaluations a step in one rank, or one and the exchange of a prediction; a slower link costs more."""
+    parts = {"entry": 0.2, "inner": 0.4, "exit": 0.4, "whole": 1.0, "whole, batch 2": 1.5}
+    predicted = predict("sdxl", 64, 50, parts, tiny=True)
+    size = message_bytes(make_task("sdxl", 64, 50, torch.float16, True))["prediction"]
+    for link, (bandwidth, latency) in LINKS.items():
+        assert predicted["serial"][link] == 100 and predicted["batched"][link] == 75
+        assert predicted["condition"][link] == pytest.approx(50 * (1 + latency + size / bandwidth))
+    fast, slow = predicted["paper-30"].values()
+    assert fast < slow < predicted["condition"][list(LINKS)[1]]

@@ -1,0 +1,247 @@
+"""Speed of whole runs against the schedule's arithmetic: `python benchmarks/speed.py --json FILE`.
+
+The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights in bf16 on the CPU, one thread a rank. Rows: `serial`,
+`batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, `paper-K` (K pipelined steps after
+the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
+Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
+times taken with as many ranks busy; messages are free. With --cuda, part times there and from them a predicted latency
+on two such devices.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Callable, Sequence
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
+from benchmarks.timed import PARTS, on_ranks, parts_on_cuda  # noqa: E402
+from hybridiff.schedule import StepPlan  # noqa: E402
+from hybridiff.timeline import length, message_bytes, plan_all, timeline  # noqa: E402
+
+ROWS = ("serial", "batched", "diffusers", "condition", *(f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS))
+SIZES = {"sdxl": 512, "sd3": 256}  # of the whole runs
+LINKS = {  # bytes a second in one direction, seconds a message; assumed, the bandwidths are nominal
+    "NVLink 4, 450 GB/s": (450e9, 10e-6),
+    "PCIe 4.0 x16, 32 GB/s": (32e9, 20e-6),
+}
+
+
+def plans_of(family: str, row: str, steps: int) -> list[StepPlan]:
+    """The schedule of a row, or of the one it is like."""
+    name = {"diffusers": "batched"}.get(row, "condition" if row.startswith("fewer") else row)
+    return plan_all(*row_plan(family, name, steps))
+
+
+def ideal(plans: Sequence[StepPlan], parts: dict[str, float], delays: dict[str, float] = {}) -> float:
+    """Seconds from start to end by the schedule alone, given the seconds of each part."""
+    batched = any("(both)" in str(operation) for operation in plans[0].operations[0])
+    costs = parts | ({"whole": parts["whole, batch 2"] / 2} if batched else {})
+    return length(timeline(plans, costs, delays))
+
+
+def steps_of(family: str, row: str, steps: int, parts: dict[str, float]) -> int:
+    """The steps of a row; fewer-K: as many as take no longer than paper-K, at least one."""
+    if not row.startswith("fewer"):
+        return steps
+    paper = ideal(plans_of(family, row.replace("fewer", "paper"), steps), parts)
+    return max(1, int(paper / ideal(plans_of(family, "condition", 1), parts)))
+
+
+def by_medians(seconds: Sequence[float], plans: Sequence[StepPlan]) -> float:
+    """Sum over the kinds of steps (equal plans) of the median times their number."""
+    kinds: dict[StepPlan, list[float]] = {}
+    for plan, taken in zip(plans, seconds, strict=True):
+        kinds.setdefault(plan, []).append(taken)
+    return sum(median(times) * len(times) for times in kinds.values())
+
+
+class Results:
+    """What has been measured, in memory and in the file; a result is written as soon as it is there."""
+
+    def __init__(self, path: Path | None, conditions: dict):
+        self.path, self.conditions, self.found = path, conditions, {}
+        if path and path.exists():
+            kept = json.loads(path.read_text())
+            if kept["conditions"] != conditions:
+                raise ValueError("it was measured under other conditions")
+            self.found = kept["results"]
+
+    def once(self, key: str, measure: Callable[[], dict]) -> dict:
+        """The result under this key, measured if there is none."""
+        if key not in self.found:
+            print(f"{time.strftime('%H:%M:%S')} {key}", file=sys.stderr, flush=True)
+            load = round(os.getloadavg()[0], 2)
+            self.found[key] = {"load average before": load} | measure()
+            if self.path:
+                part = self.path.with_name(self.path.name + ".part")
+                part.write_text(json.dumps({"conditions": self.conditions, "results": self.found}, indent=1))
+                part.rename(self.path)
+        return self.found[key]
+
+
+def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """"1 rank busy" and "2 ranks busy" -> seconds of each part; of two ranks the mean."""
+    where = {"family": family, "size": size, "steps": 1, "tiny": args.tiny}
+
+    def measure() -> dict:
+        busy = {}
+        for ranks in (1, 2):
+            each = on_ranks(ranks, where, "parts", repeats=args.repeats)
+            busy[f"{ranks} ranks busy" if ranks > 1 else "1 rank busy"] = {
+                part: sum(seconds[part] for seconds in each) / ranks for part in PARTS
+            }
+        return busy
+
+    return results.once(f"{family} {size} parts", measure)
+
+
+def measure_row(results: Results, family: str, size: int, row: str, parts: dict, args: argparse.Namespace) -> dict:
+    """One row: seconds measured and ideal, speed of every step, bytes."""
+
+    def measure() -> dict:
+        ranks = 1 if row in ("serial", "batched", "diffusers") else 2
+        busy = parts["1 rank busy" if ranks == 1 else "2 ranks busy"]
+        steps = steps_of(family, row, args.steps, parts["2 ranks busy"])
+        where = {"family": family, "size": size, "steps": steps, "tiny": args.tiny}
+        plans = plans_of(family, row, steps)
+        if row == "diffusers":
+            each = on_ranks(1, where, "diffusers")
+        else:
+            strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, steps)
+            each = on_ranks(ranks, where, "run", strategy=strategy, settings=settings)
+        if not all(result["finite"] for result in each):
+            raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing: nothing is kept of this row.")
+        by_ideal = None if row == "diffusers" else ideal(plans, busy)
+        return {
+            "ranks": ranks, "steps": steps, "total": max(result["total"] for result in each),
+            "medians": max(by_medians(result["seconds"], plans) for result in each), "ideal": by_ideal,
+            "bytes": each[0]["bytes"], "seconds of each step": [result["seconds"] for result in each],
+        } | ({"distance from our prediction": each[0]["difference"]} if row == "diffusers" else {})  # fmt: skip
+
+    return results.once(f"{family} {size} {args.steps} steps {row}", measure)
+
+
+def show_parts(parts: dict[int, dict]) -> str:
+    """Part times by size, and the most that any division over two ranks can gain at that size."""
+    lines = []
+    for size, found in parts.items():
+        baseline = min(2 * found["1 rank busy"]["whole"], found["1 rank busy"]["whole, batch 2"])
+        for busy in ("1 rank busy", "2 ranks busy"):
+            seconds = found[busy]
+            gain = seconds["whole, batch 2"] / (2 * seconds["whole"])
+            split = baseline / seconds["whole"] if busy == "2 ranks busy" else None
+            lines.append([size, busy, *(seconds[part] for part in PARTS), gain, split])
+    header = ["pixels", "", *(f"{part}, s" for part in PARTS), "batch 2 / two runs", "ideal speed-up of condition"]
+    note = "Speed-up over the faster of two runs and one batch of two on one rank: where batching is cheap, no split reaches 2."
+    return f"{table(header, lines)}\n\n{note}"
+
+
+def show_rows(rows: dict[str, dict]) -> str:
+    """Measured against ideal; speed-up over the faster of serial and batched, where both are there."""
+    ours = [rows[name]["total"] for name in ("serial", "batched") if name in rows]
+    baseline = min(ours) if len(ours) == 2 else None
+    lines = []
+    for name, r in rows.items():
+        above = [None if r["ideal"] is None else r[which] / r["ideal"] for which in ("total", "medians")]
+        faster = None if baseline is None else baseline / r["total"]
+        lines.append([name, r["ranks"], r["steps"], r["total"], r["medians"], r["ideal"], *above, faster, sum(r["bytes"].values())])
+    header = ["row", "ranks", "steps", "measured, s", "by medians, s", "ideal, s", "measured / ideal", "by medians / ideal",
+              "speed-up", "bytes"]  # fmt: skip
+    text = table(header, lines)
+    if baseline is not None and "diffusers" in rows:
+        theirs = rows["diffusers"]
+        text += f"\n\nThe faster of serial and batched takes {baseline / theirs['total']:.3f} of diffusers' time"
+        text += f" (one prediction of theirs differs from ours by {theirs['distance from our prediction']:.1e})."
+    return text
+
+
+def predict(family: str, size: int, steps: int, parts: dict[str, float], tiny: bool) -> dict[str, dict[str, float]]:
+    """Row -> link -> predicted seconds on two devices with these part times; messages as they lie on the lanes, in fp16."""
+    sizes = message_bytes(make_task(family, size, steps, torch.float16, tiny))
+    predicted = {}
+    for row in ("serial", "batched", "condition", *(f"paper-{k}" for k in INTERVALS)):
+        predicted[row] = {}
+        for link, (bandwidth, latency) in LINKS.items():
+            delays = {kind: latency + size / bandwidth for kind, size in sizes.items()}
+            predicted[row][link] = ideal(plans_of(family, row, steps), parts, delays)
+    return predicted
+
+
+def show_prediction(predicted: dict[int, dict[str, dict[str, float]]]) -> str:
+    """Predicted seconds and speed-up over the faster of serial and batched."""
+    lines = []
+    for size, rows in predicted.items():
+        for row, links in rows.items():
+            best = {link: min(rows["serial"][link], rows["batched"][link]) for link in links}
+            lines.append([size, row, *(value for link, s in links.items() for value in (s, best[link] / s))])
+    header = ["pixels", "row", *(f"{link}: {what}" for link in LINKS for what in ("predicted s", "predicted speed-up"))]
+    return "PREDICTION, not measured: part times of one device put through the schedule; denoising alone, links assumed\n\n" \
+        + table(header, lines)  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--size", type=int, help="pixels a side of the whole runs; default 512 for sdxl, 256 for sd3")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--part-sizes", nargs="*", type=int, default=[256, 512, 1024], metavar="SIZE")
+    parser.add_argument("--repeats", type=int, default=5, help="of every part")
+    parser.add_argument("--cuda", nargs="*", type=int, metavar="SIZE", help="part times on the CUDA device; default 1024 2048 2560")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="results are kept there, and not measured again")
+    parser.add_argument("--tiny", action="store_true", help="small networks, for the test")
+    args = parser.parse_args()
+    args.cuda = [1024, 2048, 2560] if args.cuda == [] else args.cuda or []
+    for size in (*args.part_sizes, *args.cuda, *([] if args.size is None else [args.size])):
+        if size < 32 or size % 32 or size > 3072:
+            parser.error(f"a side of {size} pixels does not fit the networks: give a multiple of 32 from 32 to 3072.")
+    if not 2 <= args.steps < 1000 or args.repeats < 1:
+        parser.error("give 2 to 999 --steps and at least one of --repeats.")
+    if args.cuda and not torch.cuda.is_available():
+        parser.error("--cuda: there is no CUDA device here; leave the option out.")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    conditions = machine() | {"text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": "bfloat16 on the CPU",
+                  "threads a rank": 1, "repeats of a part": args.repeats, "switch": "by the cap"}  # fmt: skip
+    if torch.cuda.is_available():
+        conditions["CUDA device"] = f"{torch.cuda.get_device_name()}, float16"
+    try:
+        results = Results(args.json, conditions)
+    except (OSError, ValueError, LookupError, TypeError) as problem:
+        print(f"{args.json} cannot be continued ({problem}): give another --json file.", file=sys.stderr)
+        return 2
+    print(in_words(conditions))
+    for family in args.family:
+        size = args.size or SIZES[family]
+        wanted = sorted({*args.part_sizes, *([size] if args.rows else [])})
+        parts = {side: measure_parts(results, family, side, args) for side in wanted}
+        if parts:
+            print(f"\n## {family}: one evaluation of the network and its parts\n\n{show_parts(parts)}", flush=True)
+        rows = {row: measure_row(results, family, size, row, parts[size], args) for row in ROWS if row in args.rows}
+        if rows:
+            print(f"\n## {family}: whole runs of {args.steps} steps at {size} x {size}\n\n{show_rows(rows)}", flush=True)
+        predicted = {}
+        for side in args.cuda:
+            found = results.once(f"{family} {side} cuda parts", lambda: parts_on_cuda(family, side, args.repeats, args.tiny))
+            predicted[side] = predict(family, side, args.steps, found, args.tiny)
+            results.once(f"{family} {side} {args.steps} steps PREDICTED on two CUDA devices", lambda: predicted[side])
+        if predicted:
+            print(f"\n## {family}: {args.steps} steps on two CUDA devices\n\n{show_prediction(predicted)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
