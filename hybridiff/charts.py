@@ -1,5 +1,6 @@
 """Charts as SVG text. Across, everything is in percent, so that they fit a phone and a desk without shrinking their letters."""
 
+import math
 from html import escape
 from typing import Sequence
 
@@ -54,12 +55,10 @@ def step_axis(steps: int, y: int) -> list[str]:
 
 
 def nice(top: float) -> list[float]:
-    """Two or three round values up to `top` for the lines of a scale."""
-    size = 10.0 ** len(str(int(1 / top))) if top < 1 else 1.0
-    for unit in (s / size * 10**p for p in range(6) for s in (1, 2, 5)):
-        if top / unit <= 4:
-            return [unit * n for n in range(1, int(top / unit) + 1)]
-    return []
+    """At most four round values up to `top`, positive, for the lines of a scale."""
+    power = 10.0 ** math.floor(math.log10(top))
+    unit = next(size * power for size in (0.1, 0.2, 0.5, 1, 2, 5) if top / (size * power) < 5)
+    return [unit * n for n in range(1, int(top / unit) + 1)]
 
 
 def discrepancy_chart(values: Sequence[float | None], stages: Sequence[Stage], rule: SwitchRule, switch: Switch | None) -> str:

@@ -23,17 +23,17 @@ STYLE = """
   --warm: #f7d58a22; --pipe: #7fd1b42a; --full: #a9c3f022; --band: #f07aa633; } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 54rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); overflow-wrap: anywhere }
+  background: var(--paper); overflow-wrap: break-word }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .2rem 0 .6rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 p { margin: .5rem 0 } .soft, figcaption, summary { color: var(--soft); font-size: .92rem }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 }
 figure { margin: 0; flex: 1 1 15rem; max-width: 32rem } figure img { width: 100%; height: auto; border-radius: 6px; display: block }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0 }
-.facts div { background: var(--card); border-radius: 6px; padding: .5rem .7rem } .facts b { display: block; font-size: 1.15rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .6rem; margin: 1rem 0 }
+.facts div { background: var(--card); border-radius: 6px; padding: .5rem .7rem } .facts b { display: block; font-size: 1.1rem; line-height: 1.3 }
 .facts span { color: var(--soft); font-size: .85rem }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .5rem 0 } .wide { overflow-x: auto }
-th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { font-weight: 600 } .number { text-align: right; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { font-weight: 600 } td { overflow-wrap: anywhere } .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .chart { display: block; overflow: visible; margin: .6rem 0 } .chart text { font-size: 11px; fill: var(--soft) }
 .warm-up { fill: var(--warm); background: var(--warm) } .parallelism { fill: var(--pipe); background: var(--pipe) }
 .fully-connecting { fill: var(--full); background: var(--full) }
@@ -46,8 +46,9 @@ th { font-weight: 600 } .number { text-align: right; font-variant-numeric: tabul
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself refuses anything from outside
 STAGE_WORDS = {
-    "warm-up": "Each rank evaluates the whole network, one with the prompt and one without. They swap the two predictions. Nothing is lost.",
-    "parallelism": "The two predictions hardly differ any more, so the network itself is cut in two and each rank evaluates only its part, on "
+    "warm-up": "Each rank evaluates the whole network, one with the prompt and one without. They swap the two predictions. "
+    "The result is what one device would compute.",
+    "parallelism": "From here the two predictions are treated as one. The network itself is cut in two, and each rank evaluates only its part, on "
     "features that the other rank made one step earlier. There is one prediction and no guidance: cheaper, and no longer exact.",
     "fully-connecting": "As in the warm-up again, so that guidance can settle the details.",
 }
@@ -97,7 +98,7 @@ def pictures(report: dict, image: Tensor, serial: Tensor | None) -> str:
     told = report["serial"]
     distance = "the same pixels" if told["equal"] else f"PSNR {told['psnr']:.1f} dB: higher is closer, above 40 dB hard to tell apart"
     ours = picture(image, f"made by strategy <b>{name}</b>: {denoising(report):.1f} s of denoising", prompt)
-    theirs = picture(serial, f"made by <b>serial</b>, both branches one after the other: {told['seconds']:.1f} s", prompt)
+    theirs = picture(serial, f"made by <b>serial</b>, both branches one after the other: {told['seconds']:.1f} s of denoising", prompt)
     return f'<div class="pictures">{ours}{theirs}</div><p><b>Against serial:</b> {distance}.</p>'
 
 
@@ -130,11 +131,11 @@ def why(switch: Switch | None, settings: dict) -> str:
         return "The switch never came in these steps: all of them were guided."
     if switch.reason == "slope":
         return (
-            f"Over the last {settings['window']} steps before step {switch.tau1} the curve fell by less than g = {settings['slope']:g} a step (the "
-            f"dashed line above, the ringed dot below): tau1 = {switch.tau1}, and tau2 = tau1 + {settings['interval']} = {switch.tau2}."
+            f"From step {switch.tau1 - settings['window'] + 1} to step {switch.tau1} the curve fell by less than g = {settings['slope']:g} a step on "
+            f"average (the dashed line above, the ringed dot below): tau1 = {switch.tau1}, and tau2 = tau1 + {settings['interval']} = {switch.tau2}."
         )
     return (
-        f"The curve had not become flat by step {switch.tau1}, so the cap decided (the dashed line in the second chart): tau1 = {switch.tau1}, and "
+        f"The slope had not decided before step {switch.tau1}, so the cap did: tau1 = {switch.tau1}, and "
         f"tau2 = tau1 + {settings['interval']} = {switch.tau2}."
     )
 
@@ -147,8 +148,8 @@ def curve_section(report: dict, request: Request, switch: Switch | None) -> str:
     pieces = [
         "<h2>When to switch</h2>",
         "<p>The <i>denoising discrepancy</i> says how far the prediction with the prompt lies from the one without it: "
-        "mean|cond - uncond| / mean|uncond|. While it falls the prompt still shapes the picture; where it is flat the two hardly differ in any "
-        "new way. In the middle stage there is only one prediction, so nothing can be measured.</p>",
+        "mean|cond - uncond| / mean|uncond|. The method takes a flat curve as the sign that the two "
+        "predictions may be merged for a few steps. In the middle stage there is only one prediction, so nothing can be measured.</p>",
         key({stage: stage for stage, _, _ in runs_of(stages)}),
         discrepancy_chart(values, stages, rule, switch),
         f"<p>{why(switch, report['settings'])}</p>",
@@ -206,7 +207,7 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
     switch = find_switch([r.discrepancy for r in result.records], request.rule) if report["tau1"] is not None else None
     prompt = escape(settings["prompt"] or "(no prompt)")
     played = settings["ranks"] < len(report["ranks"])
-    who = f"one process, which played {len(report['ranks'])} ranks" if played else f"{settings['ranks']} rank(s)"
+    who = f"{len(report['ranks'])} ranks, played by one process" if played else f"{settings['ranks']} ranks" if settings["ranks"] > 1 else "one process"
     facts = {
         "seconds of denoising": f"{denoising(report):.2f}",
         "steps": steps,
@@ -215,7 +216,7 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         "bytes sent": f"{report['bytes_sent']['total']:,}",
         "seed": report["seed"],
     }
-    cards = "".join(f"<div><b>{escape(str(value))}</b><span>{name}</span></div>" for name, value in facts.items())
+    cards = "".join(f"<div><span>{name}</span><b>{escape(str(value))}</b></div>" for name, value in facts.items())
     phases = [[phase, f"{seconds:.2f}"] for phase, seconds in report["seconds"].items()]
     plain = [[name, "" if value is None else value] for name, value in {**settings, **report["versions"]}.items()]
     body = [
