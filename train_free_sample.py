@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from hybridiff.denoise import StepRecord
 from hybridiff.errors import UsageError
-from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, generate, meta_task, plan_request
+from hybridiff.page import make_page, psnr, save_page
+from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, Result, generate, meta_task, plan_request
 from hybridiff.report import check_writable, make_report, save_picture, save_report, settings_of
 from hybridiff.samplers import SAMPLERS
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.timeline import explain
-from hybridiff.transport import Transport, connect, disconnect, place
+from hybridiff.transport import Mailbox, Transport, connect, disconnect, place
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
 
@@ -64,7 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
     add("--out", type=Path, default=Path("picture.png"), help="where the PNG goes")
-    add("--report", type=Path, metavar="DIR", help="write DIR/report.json")
+    add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
+    add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
     return parser.parse_args()
 
 
@@ -95,6 +97,8 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     rule = replace(PAPER_RULES[family], **{key: value for key, value in given_rule.items() if value is not None})
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
+    if args.compare_serial and not args.report:
+        raise UsageError("--compare-serial goes into the report: give --report DIR too.")
     if args.threads < 1:
         raise UsageError(f"--threads {args.threads} is out of range: give at least 1.")
     return Request(
@@ -133,7 +137,8 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
                 args.report.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(f"--report {args.report} cannot be made ({error.strerror}).") from None
-            check_writable(args.report / "report.json")
+            for name in ("report.json", "report.html"):
+                check_writable(args.report / name)
     return args, checkpoint, request, device
 
 
@@ -162,17 +167,38 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
 
     result = generate(checkpoint, request, transport, device, on_step)
     bar.close()
+    serial = make_serial(transport, checkpoint, request, device) if args.compare_serial else None
     if speaks:
         report = make_report(request, result, args.weights, transport.world)
         save_picture(result.image, args.out, request.seed, settings_of(request, args.weights, transport.world))
         if args.report:
+            if serial:
+                distance = psnr(result.image, serial.image)
+                spent = sum(record.seconds for record in serial.records)
+                report["serial"] = {"equal": distance is None, "psnr": distance, "seconds": spent}
             save_report(report, args.report)
+            save_page(make_page(report, request, result, serial.image if serial else None), args.report)
         if request.strategy == "paper" and report["tau1"] is None:
             print("the switch never came: every step was condition partitioning")
         print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
         print(f"bytes sent: {report['bytes_sent']['total']}")
         print(f"seed: {request.seed}")
         print(f"picture: {args.out}")
+
+
+def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, device: torch.device) -> Result | None:
+    """The same picture by serial on rank 0, None on the others; they hear of every step, so that they do not give up."""
+    if transport.rank:
+        for _ in range(request.steps):
+            transport.gather("serial")
+        return None
+    with tqdm(total=request.steps, desc="serial", unit="step") as bar:
+
+        def on_step(record: StepRecord) -> None:
+            transport.gather("serial")
+            bar.update()
+
+        return generate(checkpoint, replace(request, strategy="serial"), Mailbox(), device, on_step)
 
 
 def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
+from hybridiff.clock import Bar, Clock
 from hybridiff.guidance import discrepancy, guide
 from hybridiff.samplers import Sampler
 from hybridiff.schedule import (
@@ -117,6 +118,7 @@ class StepRecord(NamedTuple):
     slope: float | None  # the average fall that the switch looks at
     seconds: float
     latents: Tensor  # (1, C, h, w) after the step, fp32
+    bars: list[Bar]  # the operations of this process, in seconds from the start of the loop
 
 
 @torch.inference_mode()
@@ -128,24 +130,27 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank]
     workers = {rank: Worker(rank, task, transport) for rank in here}
     history: list[float | None] = []  # discrepancies; those that decide are the same bits on every rank
+    clock = Clock(task.noise.device)
     for i in range(settings.steps):
         start = time.perf_counter()
         plan = strategy.plan(i, history, settings)
         lists = [(rank, plan.operations[rank]) for rank in here]
         for rank, operation in interleave(lists, lambda receive, rank: transport.arrived(receive.source, rank)):
+            begun = clock.mark()
             workers[rank].perform(operation, i)
+            clock.note(rank, i, operation, begun)
         first = workers[here[0]]
         measured = first.store.pop(DISCREPANCY, None)
         history.append(None if measured is None else float(measured))  # the one scalar that the host waits for
         if task.noise.is_cuda:
             torch.cuda.synchronize()  # so that the seconds of pipelined steps are true
         seconds = time.perf_counter() - start
-        yield record(i, plan.stage, history, settings, seconds, first.latents)
+        slope = known_fall(i, history, settings)
+        yield StepRecord(i, plan.stage, history[i], slope, seconds, first.latents, clock.take())
 
 
-def record(i: int, stage: Stage, history: list[float | None], settings: Settings, seconds: float, latents: Tensor) -> StepRecord:
-    """The step's record, with the slope where the last `window` discrepancies are known."""
+def known_fall(i: int, history: list[float | None], settings: Settings) -> float | None:
+    """The average fall at step i, where the discrepancies at both ends of the window are known."""
     window = settings.rule.window
     known = i >= window and history[i] is not None and history[i - window + 1] is not None
-    fall = average_fall(history, i, window) if known else None
-    return StepRecord(i, stage, history[i], fall, seconds, latents)
+    return average_fall(history, i, window) if known else None

@@ -8,6 +8,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import UsageError, require_finite
 from hybridiff.samplers import Sampler, make_sampler
@@ -55,6 +56,7 @@ class Result:
     records: list[StepRecord]
     seconds: dict[str, float]  # by phase
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
+    bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
@@ -151,12 +153,14 @@ def generate(
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
     task = Task(denoiser, denoiser.default_cut(), sampler, conditioning, request.guidance, noise)
     settings = Settings(request.steps, request.rule)
+    transport.gather("ready")  # the ranks begin together, so that their clocks agree
     records = []
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
         seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
         on_step(record)
     bytes_sent = transport.finish()
+    bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
     del task, denoiser
     for record in records:
         where = f"denoiser, step {record.step} ({record.stage})"
@@ -165,4 +169,4 @@ def generate(
     now = time.perf_counter()
     image = decode(checkpoint, records[-1].latents, device, request.tiles) if transport.rank == 0 else None
     clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent))
+    return Result(image, records, seconds, dict(bytes_sent), bars)

@@ -10,6 +10,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 import hybridiff
+from hybridiff.clock import totals
 from hybridiff.errors import UsageError
 from hybridiff.pipeline import Request, Result
 from hybridiff.switching import find_switch
@@ -28,7 +29,10 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
 
 
 def make_report(request: Request, result: Result, weights: str, ranks: int) -> dict:
-    """The report: steps, tau1, tau2 (None where it never switched), seconds, bytes, seed, settings, versions."""
+    """The report: steps, tau1, tau2 (None where it never switched), seconds, bytes, seed, settings, versions.
+
+    "ranks" holds for every rank of the schedule and every step the measured seconds by what they went into.
+    """
     steps = [
         {"stage": r.stage, "discrepancy": r.discrepancy, "slope": r.slope, "seconds": r.seconds}
         for r in result.records
@@ -37,6 +41,10 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
     switch = find_switch([r.discrepancy for r in result.records], request.rule) if switched else None
     return {
         "steps": steps,
+        "ranks": [
+            [totals(result.bars, rank, record.step) for record in result.records]
+            for rank in sorted({bar.rank for bar in result.bars})
+        ],
         "tau1": switch.tau1 if switch else None,
         "tau2": switch.tau2 if switch else None,
         "seconds": result.seconds,

@@ -1,27 +1,17 @@
 """What a schedule costs, before anything is run: its timeline from the cost of each part, as data and as text."""
 
 from collections import Counter
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, Mapping, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridiff.clock import Bar
 from hybridiff.denoise import Task
 from hybridiff.schedule import Receive, Run, Send, StepPlan, Value, bytes_sent, interleave
 from hybridiff.strategies import Settings, Strategy
 
 Costs = dict[str, float]  # part -> cost of one run under one text, in units of the whole network
-
-
-class Bar(NamedTuple):
-    """A stretch of one rank's time."""
-
-    rank: int
-    step: int
-    start: float
-    end: float
-    what: str  # "run" or "wait"
-    label: str  # the operation
 
 
 def part_costs(task: Task) -> Costs:

@@ -31,7 +31,7 @@ def torchrun(*options: str, ranks: int = 2) -> subprocess.CompletedProcess:
 def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatch, capsys):
     """`equal` pixels for `paper`; the report and the PNG's metadata hold what they should."""
     options = ["--weights", weights, "--seed", "3", "--steps", "12", "--cap", "4", "--interval", "3"]
-    ran = torchrun(*options, "--out", str(tmp_path / "two.png"), "--report", str(tmp_path / "two"))
+    ran = torchrun(*options, "--out", str(tmp_path / "two.png"), "--report", str(tmp_path / "two"), "--compare-serial")
     assert ran.returncode == 0, ran.stderr
     assert call(monkeypatch, *options, "--out", str(tmp_path / "one.png"), "--report", str(tmp_path / "one")) == 0
     said = capsys.readouterr().out
@@ -44,6 +44,9 @@ def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatc
     assert (report["tau1"], report["tau2"], report["seed"]) == (4, 7, 3)
     assert [step["discrepancy"] is None for step in report["steps"]] == [False] * 4 + [True] * 4 + [False] * 4
     assert report["bytes_sent"] == played["bytes_sent"]
+    for told in (report, played):  # every rank's seconds in every step, gathered at rank 0
+        assert len(told["ranks"]) == 2 and all(len(steps) == 12 for steps in told["ranks"])
+    assert report["serial"]["equal"] is False and report["serial"]["psnr"] > 10 and "serial" not in played
     assert report["bytes_sent"]["total"] == sum(report["bytes_sent"]["by_operation"].values()) > 0
     assert {"load", "text", "decode", *STAGES} <= report["seconds"].keys()
     for text in (said, ran.stdout):
