@@ -54,8 +54,10 @@ def main() -> int:
     if not 2 <= args.steps < 1000:
         parser.error(f"--steps {args.steps} is out of range: give a number from 2 to 999.")
     conditions = {"size": args.size, "steps": args.steps, "dtype": "float16", "ranks": 2, "pictures": 1,
-                  "switch": "by the cap", "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size"}  # fmt: skip
-    print(in_words(conditions) + "\n\nGB = 10^9 bytes, over both ranks. The paper's figures are GiB, turned into GB here.\n")
+                  "switch": "by the cap", "text tokens": TOKENS,
+                  "networks": "tiny" if args.tiny else "full size"}  # fmt: skip
+    print(in_words(conditions))
+    print("\nGB = 10^9 bytes, over both ranks. The paper's figures are GiB, turned into GB here.\n")
     asked = args.size, args.steps, args.tiny
     results = {family: {row: count(family, row, *asked) for row in ROWS} for family in FAMILIES}
     usual = asked == (1024, 50, False)  # the conditions of the targets and of the paper's table

@@ -1,8 +1,8 @@
 """Speed of whole runs against the schedule's arithmetic: `python benchmarks/speed.py --json FILE`.
 
 The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights in bf16 on the CPU, one thread a rank. Rows:
-`serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, `paper-K` (K pipelined steps after
-the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
+`serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, `paper-K` (K pipelined
+steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
 Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
 times taken with as many ranks busy; messages are free. With --cuda, part times there and from them a predicted latency
 on two such devices.
@@ -123,7 +123,7 @@ def measure_row(results: Results, family: str, size: int, row: str, parts: dict,
             strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, steps)
             each = on_ranks(ranks, where, "run", strategy=strategy, settings=settings)
         if not all(result["finite"] for result in each):
-            raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing: nothing is kept of this row.")
+            raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing and are not kept.")
         by_ideal = None if row == "diffusers" else ideal(plans, busy)
         return {
             "ranks": ranks, "steps": steps, "total": max(result["total"] for result in each),
@@ -146,7 +146,8 @@ def show_parts(parts: dict[int, dict]) -> str:
             split = baseline / seconds["whole"] if busy == "2 ranks busy" else None
             lines.append([size, busy, *(seconds[part] for part in PARTS), gain, split])
     header = ["pixels", "", *(f"{part}, s" for part in PARTS), "batch 2 / two runs", "ideal speed-up of condition"]
-    note = "Speed-up over the faster of two runs and one batch of two on one rank: where batching is cheap, no split reaches 2."
+    note = "Speed-up over the faster of two runs and one batch of two on one rank. "
+    note += "Where batching is cheap, no split reaches 2."
     return f"{table(header, lines)}\n\n{note}"
 
 
@@ -190,8 +191,8 @@ def show_prediction(predicted: dict[int, dict[str, dict[str, float]]]) -> str:
             best = {link: min(rows["serial"][link], rows["batched"][link]) for link in links}
             lines.append([size, row, *(value for link, s in links.items() for value in (s, best[link] / s))])
     header = ["pixels", "row", *(f"{link}: {what}" for link in LINKS for what in ("predicted s", "predicted speed-up"))]
-    return "PREDICTION, not measured: part times of one device put through the schedule; networks and messages alone, links assumed\n\n" \
-        + table(header, lines)  # fmt: skip
+    title = "PREDICTION, not measured: part times of one device put through the schedule; networks and messages alone"
+    return f"{title}, links assumed\n\n{table(header, lines)}"
 
 
 def arguments() -> argparse.Namespace:
