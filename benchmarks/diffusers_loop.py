@@ -48,7 +48,8 @@ def mmdit_sizes(c: MMDiTConfig) -> dict:
 def carry(net: nn.Module, side: int) -> nn.Module:
     """Their network with the weights of ours, copied; `side` of the latents is only their default."""
     mmdit = isinstance(net, MMDiT)
-    kind, make, sizes = ("mmdit", SD3Transformer2DModel, mmdit_sizes) if mmdit else ("unet", UNet2DConditionModel, unet_sizes)
+    kind = "mmdit" if mmdit else "unet"
+    make, sizes = (SD3Transformer2DModel, mmdit_sizes) if mmdit else (UNet2DConditionModel, unet_sizes)
     with torch.device("meta"):
         theirs = make(sample_size=side, **sizes(net.config))
     sources, _ = translate(kind, theirs.state_dict())
@@ -115,4 +116,5 @@ def run(task: Task, family: str, size: int, steps: int) -> dict:
     latents = call(steps)
     total = time.perf_counter() - start
     seconds = [end - begin for begin, end in zip([start, *ends], ends)]
-    return {"seconds": seconds, "total": total, "bytes": {}, "difference": difference, "finite": bool(latents.isfinite().all())}
+    finite = bool(latents.isfinite().all())
+    return {"seconds": seconds, "total": total, "bytes": {}, "difference": difference, "finite": finite}

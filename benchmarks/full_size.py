@@ -2,6 +2,7 @@
 
 import os
 import platform
+from pathlib import Path
 from typing import Sequence
 
 import torch
@@ -22,7 +23,9 @@ FACTOR = 8  # pixels a side of one latent
 SEED, BLOCK = 0, 2**24  # of the random values, and how many are drawn before they repeat
 FULL = {"sdxl": UNetConfig(), "sd3": MMDiTConfig()}
 TINY = {
-    "sdxl": UNetConfig(channels=16, depths=(0, 1, 1), middle_depth=1, heads=(1, 2, 4), context_width=24, vector_width=20, groups=8),
+    "sdxl": UNetConfig(
+        channels=16, depths=(0, 1, 1), middle_depth=1, heads=(1, 2, 4), context_width=24, vector_width=20, groups=8
+    ),
     "sd3": MMDiTConfig(width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=12),
 }  # fmt: skip
 TOKENS = {"sdxl": 77, "sd3": 77 + 256}  # of the text: CLIP's, and T5's after them
@@ -95,11 +98,14 @@ def row_plan(family: str, row: str, steps: int) -> tuple[Strategy, Settings]:
 
 def machine() -> dict[str, object]:
     """Where and with what something was measured."""
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if os.path.exists("/proc/cpuinfo") else []  # fmt: skip
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "memory GB": round(memory, 1),
-            "torch": torch.__version__, "python": platform.python_version(), "seed": SEED}  # fmt: skip
+    return {
+        "processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "memory GB": round(memory, 1),
+        "torch": torch.__version__, "python": platform.python_version(), "seed": SEED,
+    }  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -1,8 +1,8 @@
 """Speed of whole runs against the schedule's arithmetic: `python benchmarks/speed.py --json FILE`.
 
-The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights in bf16 on the CPU, one thread a rank. Rows: `serial`,
-`batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, `paper-K` (K pipelined steps after
-the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
+The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights in bf16 on the CPU, one thread a rank. Rows:
+`serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, `paper-K` (K pipelined
+steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
 Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
 times taken with as many ranks busy; messages are free. With --cuda, part times there and from them a predicted latency
 on two such devices.
@@ -80,12 +80,16 @@ class Results:
         if key not in self.found:
             print(f"{time.strftime('%H:%M:%S')} {key}", file=sys.stderr, flush=True)
             load = round(os.getloadavg()[0], 2)
-            self.found[key] = {"load average before": load} | measure()
-            if self.path:
-                part = self.path.with_name(self.path.name + ".part")
-                part.write_text(json.dumps({"conditions": self.conditions, "results": self.found}, indent=1))
-                part.rename(self.path)
+            self.keep(key, {"load average before": load} | measure())
         return self.found[key]
+
+    def keep(self, key: str, result: dict) -> None:
+        """Put a result under a key and write the file."""
+        self.found[key] = result
+        if self.path:
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text(json.dumps({"conditions": self.conditions, "results": self.found}, indent=1))
+            part.rename(self.path)
 
 
 def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -119,13 +123,14 @@ def measure_row(results: Results, family: str, size: int, row: str, parts: dict,
             strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, steps)
             each = on_ranks(ranks, where, "run", strategy=strategy, settings=settings)
         if not all(result["finite"] for result in each):
-            raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing: nothing is kept of this row.")
+            raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing and are not kept.")
         by_ideal = None if row == "diffusers" else ideal(plans, busy)
         return {
             "ranks": ranks, "steps": steps, "total": max(result["total"] for result in each),
             "medians": max(by_medians(result["seconds"], plans) for result in each), "ideal": by_ideal,
             "bytes": each[0]["bytes"], "seconds of each step": [result["seconds"] for result in each],
-        } | ({"distance from our prediction": each[0]["difference"]} if row == "diffusers" else {})  # fmt: skip
+            **({"distance from our prediction": each[0]["difference"]} if row == "diffusers" else {}),
+        }  # fmt: skip
 
     return results.once(f"{family} {size} {args.steps} steps {row}", measure)
 
@@ -141,7 +146,8 @@ def show_parts(parts: dict[int, dict]) -> str:
             split = baseline / seconds["whole"] if busy == "2 ranks busy" else None
             lines.append([size, busy, *(seconds[part] for part in PARTS), gain, split])
     header = ["pixels", "", *(f"{part}, s" for part in PARTS), "batch 2 / two runs", "ideal speed-up of condition"]
-    note = "Speed-up over the faster of two runs and one batch of two on one rank: where batching is cheap, no split reaches 2."
+    note = "Speed-up over the faster of two runs and one batch of two on one rank. "
+    note += "Where batching is cheap, no split reaches 2."
     return f"{table(header, lines)}\n\n{note}"
 
 
@@ -153,7 +159,8 @@ def show_rows(rows: dict[str, dict]) -> str:
     for name, r in rows.items():
         above = [None if r["ideal"] is None else r[which] / r["ideal"] for which in ("total", "medians")]
         faster = None if baseline is None else baseline / r["total"]
-        lines.append([name, r["ranks"], r["steps"], r["total"], r["medians"], r["ideal"], *above, faster, sum(r["bytes"].values())])
+        seconds = [r[which] for which in ("total", "medians", "ideal")]
+        lines.append([name, r["ranks"], r["steps"], *seconds, *above, faster, sum(r["bytes"].values())])
     header = ["row", "ranks", "steps", "measured, s", "by medians, s", "ideal, s", "measured / ideal", "by medians / ideal",
               "speed-up", "bytes"]  # fmt: skip
     text = table(header, lines)
@@ -165,13 +172,13 @@ def show_rows(rows: dict[str, dict]) -> str:
 
 
 def predict(family: str, size: int, steps: int, parts: dict[str, float], tiny: bool) -> dict[str, dict[str, float]]:
-    """Row -> link -> predicted seconds on two devices with these part times; messages as they lie on the lanes, in fp16."""
+    """Row -> link -> predicted seconds on two devices with these part times, each fp16 message over its link in turn."""
     sizes = message_bytes(make_task(family, size, steps, torch.float16, tiny))
     predicted = {}
     for row in ("serial", "batched", "condition", *(f"paper-{k}" for k in INTERVALS)):
         predicted[row] = {}
         for link, (bandwidth, latency) in LINKS.items():
-            delays = {kind: latency + size / bandwidth for kind, size in sizes.items()}
+            delays = {kind: latency + count / bandwidth for kind, count in sizes.items()}
             predicted[row][link] = ideal(plans_of(family, row, steps), parts, delays)
     return predicted
 
@@ -184,8 +191,8 @@ def show_prediction(predicted: dict[int, dict[str, dict[str, float]]]) -> str:
             best = {link: min(rows["serial"][link], rows["batched"][link]) for link in links}
             lines.append([size, row, *(value for link, s in links.items() for value in (s, best[link] / s))])
     header = ["pixels", "row", *(f"{link}: {what}" for link in LINKS for what in ("predicted s", "predicted speed-up"))]
-    return "PREDICTION, not measured: part times of one device put through the schedule; denoising alone, links assumed\n\n" \
-        + table(header, lines)  # fmt: skip
+    title = "PREDICTION, not measured: part times of one device put through the schedule; networks and messages alone"
+    return f"{title}, links assumed\n\n{table(header, lines)}"
 
 
 def arguments() -> argparse.Namespace:
@@ -197,7 +204,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--part-sizes", nargs="*", type=int, default=[256, 512, 1024], metavar="SIZE")
     parser.add_argument("--repeats", type=int, default=5, help="of every part")
-    parser.add_argument("--cuda", nargs="*", type=int, metavar="SIZE", help="part times on the CUDA device; default 1024 2048 2560")
+    parser.add_argument("--cuda", nargs="*", type=int, metavar="SIZE", help="part times on CUDA; default 1024 2048 2560")
     parser.add_argument("--json", type=Path, metavar="FILE", help="results are kept there, and not measured again")
     parser.add_argument("--tiny", action="store_true", help="small networks, for the test")
     args = parser.parse_args()
@@ -207,6 +214,8 @@ def arguments() -> argparse.Namespace:
             parser.error(f"a side of {size} pixels does not fit the networks: give a multiple of 32 from 32 to 3072.")
     if not 2 <= args.steps < 1000 or args.repeats < 1:
         parser.error("give 2 to 999 --steps and at least one of --repeats.")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist; make it or give another.")
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda: there is no CUDA device here; leave the option out.")
     return args
@@ -214,8 +223,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    conditions = machine() | {"text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": "bfloat16 on the CPU",
-                  "threads a rank": 1, "repeats of a part": args.repeats, "switch": "by the cap"}  # fmt: skip
+    conditions = machine() | {
+        "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": "bfloat16 on the CPU",
+        "threads a rank": 1, "repeats of a part": args.repeats, "switch": "by the cap",
+    }  # fmt: skip
     if torch.cuda.is_available():
         conditions["CUDA device"] = f"{torch.cuda.get_device_name()}, float16"
     try:
@@ -235,9 +246,10 @@ def main() -> int:
             print(f"\n## {family}: whole runs of {args.steps} steps at {size} x {size}\n\n{show_rows(rows)}", flush=True)
         predicted = {}
         for side in args.cuda:
-            found = results.once(f"{family} {side} cuda parts", lambda: parts_on_cuda(family, side, args.repeats, args.tiny))
+            key, on_cuda = f"{family} {side} cuda parts", (family, side, args.repeats, args.tiny)
+            found = results.once(key, lambda: parts_on_cuda(*on_cuda))
             predicted[side] = predict(family, side, args.steps, found, args.tiny)
-            results.once(f"{family} {side} {args.steps} steps PREDICTED on two CUDA devices", lambda: predicted[side])
+            results.keep(f"{family} {side} {args.steps} steps PREDICTED for two CUDA devices", predicted[side])
         if predicted:
             print(f"\n## {family}: {args.steps} steps on two CUDA devices\n\n{show_prediction(predicted)}", flush=True)
     return 0

@@ -54,9 +54,9 @@ def test_a_receive_waits_for_its_send():
 def test_messages_take_their_time_one_after_the_other():
     """Worked by hand: a guided step of 1, then the exchange of 0.25; the discrepancy follows on the same lane with 0.5."""
     plans = plan_all(strategies("sdxl")["paper"], Settings(12, CAPPED))[:2]
-    delays = {"prediction": 0.25, "discrepancy": 0.5}
-    assert length(timeline(plans[:1], {"whole": 1.0}, delays)) == 1.75
-    assert [bar.end - bar.start for bar in timeline(plans[:1], {"whole": 1.0}, delays) if bar.what == "wait"] == [0.25, 0.25, 0.5]
+    bars = timeline(plans[:1], {"whole": 1.0}, {"prediction": 0.25, "discrepancy": 0.5})
+    assert length(bars) == 1.75
+    assert [bar.end - bar.start for bar in bars if bar.what == "wait"] == [0.25, 0.25, 0.5]
 
 
 def test_drawing():
