@@ -34,8 +34,7 @@ figure { margin: 0; flex: 1 1 15rem; max-width: 32rem } figure img { width: 100%
 table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .5rem 0 } .wide { overflow-x: auto }
 th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600 } td { overflow-wrap: anywhere } .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-.chart { display: block; overflow: visible; margin: .6rem 0 } .chart text { font-size: 11px; fill: var(--soft); paint-order: stroke;
-  stroke: var(--paper); stroke-width: 2px }
+.chart { display: block; overflow: visible; margin: .6rem 0 } .chart text { font-size: 11px; fill: var(--soft); }
 .warm-up { fill: var(--warm); background: var(--warm) } .parallelism { fill: var(--pipe); background: var(--pipe) }
 .fully-connecting { fill: var(--full); background: var(--full) }
 .grid { stroke: var(--line) } .curve { stroke: var(--run); stroke-width: 2 } .dot { fill: var(--run) } .dot.off { fill: var(--other) }
