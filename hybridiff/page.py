@@ -20,7 +20,7 @@ STYLE = """
   --warm: #f7d58a55; --pipe: #7fd1b455; --full: #a9c3f055; --band: #b4235a26; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #a3adbd; --paper: #14181f; --card: #1d232d; --line: #3a4352;
   --run: #6aa5ea; --send: #f08a4b; --wait: #d9a441; --other: #8b95a6; --rule: #f07aa6;
-  --warm: #f7d58a22; --pipe: #7fd1b42a; --full: #a9c3f022; --band: #f07aa633; } }
+  --warm: #f7d58a3c; --pipe: #7fd1b44d; --full: #a9c3f03c; --band: #f07aa633; } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 54rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); overflow-wrap: break-word }
@@ -34,7 +34,7 @@ figure { margin: 0; flex: 1 1 15rem; max-width: 32rem } figure img { width: 100%
 table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .5rem 0 } .wide { overflow-x: auto }
 th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600 } td { overflow-wrap: anywhere } .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-.chart { display: block; overflow: visible; margin: .6rem 0 } .chart text { font-size: 11px; fill: var(--soft) }
+.chart { display: block; overflow: visible; margin: .6rem 0 } .chart text { font-size: 11px; fill: var(--soft); }
 .warm-up { fill: var(--warm); background: var(--warm) } .parallelism { fill: var(--pipe); background: var(--pipe) }
 .fully-connecting { fill: var(--full); background: var(--full) }
 .grid { stroke: var(--line) } .curve { stroke: var(--run); stroke-width: 2 } .dot { fill: var(--run) } .dot.off { fill: var(--other) }
@@ -96,7 +96,7 @@ def pictures(report: dict, image: Tensor, serial: Tensor | None) -> str:
     if serial is None:
         return f'<div class="pictures">{picture(image, f"made by strategy <b>{name}</b>", prompt)}</div>'
     told = report["serial"]
-    distance = "the same pixels" if told["equal"] else f"PSNR {told['psnr']:.1f} dB: higher is closer, above 40 dB hard to tell apart"
+    distance = "the same pixels" if told["equal"] else f"PSNR {told['psnr']:.1f} dB (higher is closer)"
     ours = picture(image, f"made by strategy <b>{name}</b>: {denoising(report):.1f} s of denoising", prompt)
     theirs = picture(serial, f"made by <b>serial</b>, both branches one after the other: {told['seconds']:.1f} s of denoising", prompt)
     return f'<div class="pictures">{ours}{theirs}</div><p><b>Against serial:</b> {distance}.</p>'
