@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
 from benchmarks.timed import PARTS, on_ranks, parts_on_cuda  # noqa: E402
+from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.schedule import StepPlan  # noqa: E402
 from hybridiff.timeline import length, message_bytes, plan_all, timeline  # noqa: E402
 
@@ -87,9 +88,8 @@ class Results:
         """Put a result under a key and write the file."""
         self.found[key] = result
         if self.path:
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text(json.dumps({"conditions": self.conditions, "results": self.found}, indent=1))
-            part.rename(self.path)
+            told = json.dumps({"conditions": self.conditions, "results": self.found}, indent=1)
+            write_whole(self.path, lambda temporary: temporary.write_text(told))
 
 
 def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """The processes of `benchmarks/speed.py`: each is one rank with one thread, which times parts or a whole run."""
 
+import json
 import os
 import tempfile
 import time
@@ -75,14 +76,14 @@ def on_rank(rank: int, ranks: int, port: int, folder: str, where: dict, work: st
         transport.open_lanes(torch.device("cpu"))
         result = (time_parts if work == "parts" else time_run)(task, transport, **details)
         disconnect()
-    torch.save(result, Path(folder) / f"{rank}.pt")
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
 
 
 def on_ranks(ranks: int, where: dict, work: str, **details: object) -> list[dict]:
     """The results of all ranks, from processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_rank, (ranks, free_port(1), folder, where, work, details), nprocs=ranks)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def parts_on_cuda(family: str, size: int, repeats: int, tiny: bool) -> dict[str, float]:
