@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weights.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Object, Scene, distance
+from weights.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Object, Scene, distance, pixel_centres
 
 PALETTE = torch.tensor([COLOURS[name] for name in COLOURS]) / 127.5 - 1  # [colours, 3]
 LEAST = 40  # pixels of a region that counts as an object
@@ -37,9 +37,8 @@ def regions(mask: Tensor) -> list[Tensor]:
 
 def outline(shape: str, x: float, y: float, radius: float, side: int) -> Tensor:
     """The shape as a mask [side, side]."""
-    centres = (torch.arange(side) + 0.5) / side
-    rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-    return distance(shape, columns - x, rows - y, radius) < 0
+    across, down = pixel_centres(side)
+    return distance(shape, across - x, down - y, radius) < 0
 
 
 AREAS = {shape: outline(shape, 0.5, 0.5, 0.25, 512).double().mean().item() / 0.25**2 for shape in SHAPES}  # per radius^2
@@ -47,11 +46,11 @@ AREAS = {shape: outline(shape, 0.5, 0.5, 0.25, 512).double().mean().item() / 0.2
 
 def describe_region(region: Tensor, image: Tensor) -> Object:
     """One region of an image [3, H, W] in [-1, 1] as an object; its shape is "?" if no outline covers it well."""
-    side = image.shape[-1]
+    side, area = image.shape[-1], region.double().mean().item()
     rows, columns = region.nonzero().double().add(0.5).div(side).mean(dim=0).tolist()
-    best = (0.0, "?", (region.double().mean().item() / 3) ** 0.5)
+    best = (0.0, "?", (area / 3) ** 0.5)
     for shape in SHAPES:
-        radius = (region.double().mean().item() / AREAS[shape]) ** 0.5
+        radius = (area / AREAS[shape]) ** 0.5
         drawn = outline(shape, columns, rows, radius, side)
         overlap = ((drawn & region).sum() / (drawn | region).sum()).item()
         best = max(best, (overlap, shape, radius))

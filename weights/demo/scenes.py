@@ -95,10 +95,16 @@ def distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> tor
     raise ValueError(f"got shape {shape!r}, expected one of {', '.join(SHAPES)}")
 
 
+def pixel_centres(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y of the centre of every pixel, as fractions of the side: each [side, side]."""
+    centres = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    return x, y
+
+
 def render(scene: Scene, side: int = 128) -> torch.Tensor:
     """Draws a scene with anti-aliased edges: float32 [3, side, side] in [-1, 1]."""
-    centres = (torch.arange(side) + 0.5) / side
-    y, x = torch.meshgrid(centres, centres, indexing="ij")  # [side, side]
+    x, y = pixel_centres(side)
     image = _rgb(scene.background).expand(3, side, side)
     for item in scene.objects:
         edge = distance(item.shape, x - item.x, y - item.y, item.radius) * side

@@ -6,6 +6,8 @@ as SDXL and SD3 share CLIP-L and bigG. They are trained on captions alone: from 
 """
 
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -112,12 +114,17 @@ def said(split: str, index: int) -> str:
     return hint(scene, rng) if rng.random() < 0.1 else caption
 
 
+@cache
+def tokenizers_in(folder: Path) -> list[Callable[[str], Tensor]]:
+    """The tokenizers of CLIP-L, bigG and T5, read once."""
+    files = folder / "vocab.json", folder / "merges.txt"
+    clip_l, clip_g = (CLIPTokenizer.from_files(*files, LENGTH, pad) for pad in (None, 0))
+    return [clip_l, clip_g, T5Tokenizer(folder / "spiece.model", LENGTH)]
+
+
 def tokens(captions: list[str], folder: Path) -> Tensor:
     """Token ids of all text encoders: [N, 3, LENGTH] (CLIP-L, bigG, T5)."""
-    files = folder / "vocab.json", folder / "merges.txt"
-    encoders = [CLIPTokenizer.from_files(*files, LENGTH, pad) for pad in (None, 0)]
-    encoders.append(T5Tokenizer(folder / "spiece.model", LENGTH))
-    return torch.stack([torch.cat([encode(text) for encode in encoders]) for text in captions])
+    return torch.stack([torch.cat([encode(text) for encode in tokenizers_in(folder)]) for text in captions])
 
 
 @torch.no_grad()
