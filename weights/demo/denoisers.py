@@ -1,20 +1,65 @@
-"""The two demo denoisers: sizes, conditioning, losses and a plain sampler for the samples."""
+"""The two demo denoisers: sizes, conditioning, losses and a plain sampler for the samples.
+
+Besides the noise or the velocity, training asks the network's middle features what stands where in the scene (a linear
+layer that is thrown away afterwards). As with representation alignment (Yu et al. 2024, arXiv 2410.06940) the network
+then learns much sooner which word belongs to which place; here the scene itself is known, so no second network is needed.
+"""
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from models.embeddings import sinusoid
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.unet import UNet, UNetConditioning, UNetConfig
+from weights.demo.scenes import COLOURS, REACH, SHAPES, Scene
 from weights.demo.text_encoders import TextEncoders
 
 SIDE = 128
+CELLS = 8  # side of the grid on which the middle features are read
+READING = 0.1  # weight of the reading in the loss
 UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
         "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
 MMDIT = {"width": 192, "depth": 6, "heads": 3, "context_width": 256, "pooled_width": 256, "positions": 32,
          "qk_norm": True}
+
+
+class Reading(nn.Module):
+    """A denoiser that also reads the scene from its middle features: what `inner` returns at the cut, on 8 x 8 cells."""
+
+    def __init__(self, denoiser: UNet | MMDiT, cut: int | tuple[int, int], width: int):
+        super().__init__()
+        self.denoiser, self.cut = denoiser, cut
+        self.reader = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS))
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: UNetConditioning | MMDiTConditioning) -> tuple[Tensor, Tensor]:
+        """-> the denoiser's prediction and logits [B, 64 cells, shapes + colours]."""
+        crossing, local = self.denoiser.entry(x, t, conditioning, self.cut)
+        middle = self.denoiser.inner(crossing, t, conditioning, self.cut)
+        states = middle[0]  # U-Net (B, C, 8, 8), MMDiT (B, 64, C)
+        states = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+        read = self.reader(F.layer_norm(states, states.shape[-1:]))
+        return self.denoiser.exit(middle, local, t, conditioning, self.cut), read
+
+
+def cells(scene: Scene) -> Tensor:
+    """What each of 64 cells belongs to, row by row: [2, 64], shape (0 = background) and colour."""
+    labels = torch.tensor([0, [*COLOURS].index(scene.background)])[:, None].repeat(1, CELLS * CELLS)
+    for item in scene.objects:
+        reach = REACH * item.radius + 0.25 / CELLS
+        for cell in range(CELLS * CELLS):
+            y, x = ((place + 0.5) / CELLS for place in divmod(cell, CELLS))
+            if max(abs(x - item.x), abs(y - item.y)) < reach:
+                labels[:, cell] = torch.tensor([1 + SHAPES.index(item.shape), [*COLOURS].index(item.colour)])
+    return labels
+
+
+def reading_error(read: Tensor, scenes: Tensor) -> Tensor:
+    """Cross entropy of logits [B, 64, shapes + colours] with `cells` [B, 2, 64], shape plus colour."""
+    parts = read.float().split([1 + len(SHAPES), len(COLOURS)], dim=2)
+    return sum(F.cross_entropy(part.flatten(0, 1), scenes[:, number].flatten()) for number, part in enumerate(parts))
 
 
 class SDXLDemo(nn.Module):
@@ -26,6 +71,7 @@ class SDXLDemo(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.denoiser = UNet(UNetConfig(**UNET))
+        self.reading = Reading(self.denoiser, 6, 3 * UNET["channels"])  # 8x8, on the way up
         for name, weight in self.denoiser.named_parameters():
             if any(part in name for part in ("out_layers.3.", "proj_out.", "out.2.")):
                 nn.init.zeros_(weight)
@@ -41,7 +87,8 @@ class SDXLDemo(nn.Module):
         return UNetConditioning(text=text, vector=vector)
 
     def loss(
-        self, predict: Callable, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator
+        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, empty: LongTensor,
+        generator: torch.Generator
     ) -> Tensor:
         """Squared error of the noise with min-SNR weights, gamma 5 (Hang et al. 2023); 10% without caption.
 
@@ -54,11 +101,11 @@ class SDXLDemo(nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         a = self.signal[t].to(latents.device)
         noisy = a.sqrt()[:, None, None, None] * latents + (1 - a).sqrt()[:, None, None, None] * noise
-        predicted = predict(noisy, t.to(latents.device).float(), self.condition(ids, keep))
+        predicted, read = predict(noisy, t.to(latents.device).float(), self.condition(ids, keep))
         snr = a / (1 - a)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         weight = snr.clamp(max=5) / snr * snr.clamp(max=1) ** -0.5
-        return (error * weight).mean()
+        return (error * weight).mean() + READING * reading_error(read, scenes)
 
     @torch.no_grad()
     def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
@@ -86,6 +133,7 @@ class SD3Demo(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.denoiser = MMDiT(MMDiTConfig(**MMDIT))
+        self.reading = Reading(self.denoiser, (0, MMDIT["depth"] // 2), MMDIT["width"])
         initialise_mmdit(self.denoiser)
 
     def condition(self, ids: LongTensor, keep_t5: Tensor) -> MMDiTConditioning:
@@ -96,7 +144,8 @@ class SD3Demo(nn.Module):
         return MMDiTConditioning(text=text, pooled=torch.cat([pooled_l, pooled_g], dim=1))
 
     def loss(
-        self, predict: Callable, latents: Tensor, ids: LongTensor, empty: LongTensor, generator: torch.Generator
+        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, empty: LongTensor,
+        generator: torch.Generator
     ) -> Tensor:
         """Squared error of the velocity; logit-normal times shifted by 3 towards noise.
 
@@ -110,8 +159,8 @@ class SD3Demo(nn.Module):
         s = (3 * s / (1 + 2 * s)).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = (1 - s)[:, None, None, None] * latents + s[:, None, None, None] * noise
-        predicted = predict(noisy, 1000 * s, self.condition(ids, keep_t5))
-        return (predicted.float() - (noise - latents)).square().mean()
+        predicted, read = predict(noisy, 1000 * s, self.condition(ids, keep_t5))
+        return (predicted.float() - (noise - latents)).square().mean() + READING * reading_error(read, scenes)
 
     @torch.no_grad()
     def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:

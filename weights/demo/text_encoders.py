@@ -51,7 +51,7 @@ class TextEncoders(nn.Module):
 
 
 def initialise(encoder: nn.Module) -> None:
-    """Token embeddings of size 0.5 (T5: 1), positions of 0.1, linear layers by fan-in; T5's queries as its paper has."""
+    """Token embeddings of size 0.5 (T5: 1), positions of 0.1 (T5: 1, all that it knows of order), linear layers by fan-in."""
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -62,7 +62,7 @@ def initialise(encoder: nn.Module) -> None:
             if name.endswith(("out_proj", "fc2", "SelfAttention.o", "DenseReluDense.wo")):
                 module.weight.data.mul_(0.4)
         elif isinstance(module, nn.Embedding):
-            scale = 0.1 if "position" in name or "relative" in name else 1.0 if name == "shared" else 0.5
+            scale = 0.1 if "position" in name else 0.5 if "token" in name else 1.0
             nn.init.normal_(module.weight, std=scale)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from weights.demo import tokenizers
-from weights.demo.denoisers import FAMILIES
+from weights.demo.denoisers import FAMILIES, cells
 from weights.demo.export import export
 from weights.demo.loop import Plan, Run, attention
 from weights.demo.scenes import sample
@@ -24,8 +24,8 @@ from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
 
 HERE = Path(__file__).parent
 PLANS = {
-    "sdxl": Plan(steps=4200, batch=32, rate=6e-4),
-    "sd3": Plan(steps=7500, batch=16, rate=1e-3, warmup=300),
+    "sdxl": Plan(steps=12000, batch=32, rate=6e-4),
+    "sd3": Plan(steps=25000, batch=16, rate=1e-3, warmup=300),
 }
 
 
@@ -60,22 +60,23 @@ def main() -> None:
     model = FAMILIES[options.family](encoders).to(device)
     plan = PLANS[options.family]
     plan = Plan(**{**plan.__dict__, "steps": options.steps or plan.steps})
-    run = Run(model.denoiser, plan, out / f"{options.family}-denoiser.safetensors")
+    run = Run(model.reading, plan, out / f"{options.family}-denoiser.safetensors")
     print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters", flush=True)
 
     if not options.export:
         ids = tokens([said("train", index) for index in range(len(latents))], options.weights)
+        scenes = torch.stack([cells(sample("train", index)[0]) for index in range(len(latents))])
         empty = tokens([""], options.weights).to(device)
         test_ids = tokens([sample("test", index)[1] for index in range(16)], options.weights).to(device)
         noise = torch.randn(16, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
 
-        predict = torch.compile(model.denoiser) if options.compile else model.denoiser
+        predict = torch.compile(model.reading) if options.compile else model.reading
 
         def loss_of(generator: torch.Generator, step: int) -> Tensor:
             chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
             with torch.autocast(device.type, torch.bfloat16), attention(device):
-                return model.loss(predict, latents[chosen].float().to(device), ids[chosen].to(device), empty,
-                                  generator)
+                return model.loss(predict, latents[chosen].float().to(device), ids[chosen].to(device),
+                                  scenes[chosen].to(device), empty, generator)
 
         def show() -> None:
             x = model.sample(test_ids, empty, noise, steps=25, guidance=5.0)
