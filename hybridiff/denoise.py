@@ -13,6 +13,7 @@ from hybridiff.samplers import Sampler
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
+    Extrapolate,
     Guide,
     Measure,
     Operation,
@@ -21,6 +22,7 @@ from hybridiff.schedule import (
     Send,
     Step,
     Value,
+    ahead,
     entry,
     inner,
     interleave,
@@ -67,26 +69,44 @@ class Worker:
         self.rank, self.task, self.transport = rank, task, transport
         self.latents = task.sampler.start(task.noise)
         self.store: dict[Value, Any] = {}
+        self.older: dict[Value, Any] = {}  # the result before the one in the store, of what may be extrapolated
+
+    def keep(self, value: Value, result: Any) -> None:
+        """Put a result into the store."""
+        if value in self.store and value.what in ("prediction", "inner", "guided"):
+            self.older[value] = self.store[value]
+        self.store[value] = result
+
+    def extrapolate(self, value: Value, made: tuple[int, ...], i: int) -> Any:
+        """The value at step i on the line through its last two results; see `schedule.Extrapolate`. Computed in fp32."""
+        last = self.store[value]
+        if len(made) == 1:
+            return last
+        old, ratio = self.older[value], (i - made[1]) / (made[1] - made[0])
+        if isinstance(last, Tensor):
+            return (last.float() + ratio * (last.float() - old.float())).to(last.dtype)
+        return type(last)(*((b.float() + ratio * (b.float() - a.float())).to(b.dtype) for a, b in zip(old, last)))
 
     def run(self, operation: Run, i: int) -> None:
         """Run a part of the network at step i and keep what it leaves; see `schedule.Run`."""
         task, net, text = self.task, self.task.denoiser, operation.text
         conditioning = task.batch(text)
-        t = task.sampler.timesteps[i : i + 1].to(task.noise.device)
+        t = task.sampler.timesteps[i - operation.late, None].to(task.noise.device)
         if operation.part in ("whole", "entry"):
             x = task.sampler.network_input(self.latents, i).to(conditioning.text.dtype)
         if operation.part == "whole" and text == "both":
             both = net(x.repeat(2, 1, 1, 1), t.repeat(2), conditioning)
-            self.store[prediction("uncond")], self.store[prediction("cond")] = both.chunk(2)
+            for name, half in zip(("uncond", "cond"), both.chunk(2)):
+                self.keep(prediction(name), half)
         elif operation.part == "whole":
-            self.store[prediction(text)] = net(x, t, conditioning)
+            self.keep(prediction(text), net(x, t, conditioning))
         elif operation.part == "entry":
             self.store[entry(text)], self.store[Value("skips", text)] = net.entry(x, t, conditioning, task.cut)
         elif operation.part == "inner":
-            self.store[inner(text)] = net.inner(self.store[operation.source], t, conditioning, task.cut)
+            self.keep(inner(text), net.inner(self.store[operation.source], t, conditioning, task.cut))
         else:
             features, skips = self.store[operation.source], self.store[Value("skips", text)]
-            self.store[prediction(text)] = net.exit(features, skips, t, conditioning, task.cut)
+            self.keep(prediction(text), net.exit(features, skips, t, conditioning, task.cut))
 
     def perform(self, operation: Operation, i: int) -> None:
         """Perform one operation of step i."""
@@ -99,12 +119,13 @@ class Worker:
             case Receive(value, source):
                 tensors = self.transport.receive(value, self.task.message(value), source, self.rank)
                 crossed = value.what in ("entry", "inner")
-                self.store[value] = self.task.denoiser.Boundary(*tensors) if crossed else tensors[0]
+                self.keep(value, self.task.denoiser.Boundary(*tensors) if crossed else tensors[0])
             case Measure():
                 self.store[DISCREPANCY] = discrepancy(self.store[prediction("cond")], self.store[prediction("uncond")])
-            case Guide():
-                cond, uncond = self.store[prediction("cond")].float(), self.store[prediction("uncond")].float()
-                self.store[GUIDED] = guide(cond, uncond, self.task.guidance)
+            case Extrapolate(value, made):
+                self.store[ahead(value)] = self.extrapolate(value, made, i)
+            case Guide(cond, uncond):
+                self.keep(GUIDED, guide(self.store[cond].float(), self.store[uncond].float(), self.task.guidance))
             case Step(along):
                 self.latents = self.task.sampler.step(self.latents, self.store[along].float(), i)
 

@@ -111,8 +111,8 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
         told = kind(*(torch.empty(shape, dtype=request.dtype) for shape in shapes))
         noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
     denoiser = checkpoint.part("denoiser").module.to(request.dtype)
-    _, sampler = plan_request(checkpoint, request, world=1)
-    return Task(denoiser, denoiser.default_cut(), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
+    strategy, sampler = plan_request(checkpoint, request, world=1)
+    return Task(denoiser, strategy.cut(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
 
 
 @torch.inference_mode()
@@ -151,7 +151,7 @@ def generate(
 
     vae = checkpoint.config("vae")
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
-    task = Task(denoiser, denoiser.default_cut(), sampler, conditioning, request.guidance, noise)
+    task = Task(denoiser, strategy.cut(denoiser), sampler, conditioning, request.guidance, noise)
     settings = Settings(request.steps, request.rule)
     transport.gather("ready")  # the ranks begin together, so that their clocks agree
     records = []

@@ -18,9 +18,10 @@ class Value(NamedTuple):
 
     what: str  # "entry", "inner": features that left that part; "prediction"; "discrepancy"; "guided"
     text: str = ""
+    ahead: bool = False  # extrapolated to the present step, not computed in it
 
     def __str__(self) -> str:
-        return f"{self.what}.{self.text}" if self.text else self.what
+        return f"{self.what}.{self.text}".rstrip(".") + (" ahead" if self.ahead else "")
 
 
 DISCREPANCY, GUIDED = Value("discrepancy"), Value("guided")
@@ -41,21 +42,28 @@ def prediction(text: str) -> Value:
     return Value("prediction", text)
 
 
+def ahead(value: Value) -> Value:
+    """The same result, extrapolated from older ones."""
+    return value._replace(ahead=True)
+
+
 @dataclass(frozen=True)
 class Run:
     """Run a part of the network under a text.
 
     "whole" leaves prediction(text), with text "both" the predictions of both texts from one batch; "entry" leaves entry(text)
     and keeps the skips; "inner" reads `source` and leaves inner(text); "exit" reads `source` and the skips of the last
-    entry under this text, and leaves prediction(text).
+    entry under this text, and leaves prediction(text). The network is told the time of the step that lies `late` steps back.
     """
 
     part: str
     text: str
     source: Value | None = None
+    late: int = 0
 
     def __str__(self) -> str:
-        return f"run {self.part}({self.text})" + (f" on {self.source}" if self.source else "")
+        when = f" of {self.late} step{'s' * (self.late > 1)} ago" if self.late else ""
+        return f"run {self.part}({self.text})" + (f" on {self.source}{when}" if self.source else "")
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,29 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Guide:
-    """Combine the two predictions in the store by classifier-free guidance."""
+class Extrapolate:
+    """Continue a value along the line through its last two results to this step; leaves ahead(value).
+
+    `made` says which steps' latents the two results belong to, the older first: with results v0, v1 of steps a, b and this step i,
+    v1 + (i - b) / (b - a) * (v1 - v0). With one step in `made` the last result is taken as it is.
+    """
+
+    value: Value
+    made: tuple[int, ...]
 
     def __str__(self) -> str:
-        return "guide"
+        return f"extrapolate {self.value} from step{'s' * (len(self.made) - 1)} {', '.join(map(str, self.made))}"
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Combine the predictions of the two branches by classifier-free guidance; leaves `GUIDED`."""
+
+    cond: Value = prediction("cond")
+    uncond: Value = prediction("uncond")
+
+    def __str__(self) -> str:
+        return "guide" if self == Guide() else f"guide {self.uncond} -> {self.cond}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,7 @@ class Step:
         return f"step along {self.along}"
 
 
-Operation = Run | Send | Receive | Measure | Guide | Step
+Operation = Run | Send | Receive | Measure | Extrapolate | Guide | Step
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,10 @@ class MMDiT(nn.Module):
         """The paper's cut of SD3: the first half of the blocks is inner, the second half exit, the entry empty."""
         return 0, self.config.depth // 2
 
+    def nested_cut(self) -> tuple[int, int]:
+        """A cut with work on both sides: the half of the blocks in the middle is inner."""
+        return self.config.depth // 4, self.config.depth // 4 + self.config.depth // 2
+
     def crossing(self, latents: torch.Size, text_tokens: int, cut: tuple[int, int]) -> tuple[Tokens, Tokens]:
         """Shapes of what leaves `entry` and of what leaves `inner`, for latents of shape (B, C, h, w)."""
         b, _, h, w = latents

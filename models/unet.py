@@ -314,6 +314,10 @@ class UNet(nn.Module):
         """The depth at which the released SDXL code cuts: after the last downsampling (7 of 9)."""
         return self.config.input_blocks - self.config.blocks
 
+    def nested_cut(self) -> int:
+        """A cut with work on both sides: the default one is."""
+        return self.default_cut()
+
     def crossing(self, latents: torch.Size, text_tokens: int, cut: int) -> tuple[Features, Features]:
         """Shapes of what leaves `entry` and of what leaves `inner`, for latents (B, C, h, w); 0 < cut < input blocks."""
         levels = [i // (self.config.blocks + 1) for i in range(self.config.input_blocks)]

@@ -1,11 +1,28 @@
 """Schedules are data: every strategy's plans pass the check, and the check finds what is wrong."""
 
 import random
+from collections import Counter
 
 import pytest
 
-from hybridiff.schedule import Receive, Run, ScheduleError, Send, Step, StepPlan, check, prediction
-from hybridiff.strategies import Settings, strategies
+from hybridiff.schedule import (
+    DISCREPANCY,
+    GUIDED,
+    Extrapolate,
+    Guide,
+    Measure,
+    Receive,
+    Run,
+    ScheduleError,
+    Send,
+    Step,
+    StepPlan,
+    Value,
+    ahead,
+    check,
+    prediction,
+)
+from hybridiff.strategies import Reuse, Settings, strategies
 from hybridiff.switching import SwitchRule, find_switch
 
 
@@ -16,7 +33,7 @@ def random_case(rng: random.Random) -> tuple[list[float], Settings]:
     for _ in range(steps):
         level = max(1e-3, level + rng.uniform(-0.02, 0.015))
         history.append(level)
-    return history, Settings(steps, rule)
+    return history, Settings(steps, rule, Reuse(rng.randint(0, 30), rng.randint(0, 40), rng.randint(0, 5)))
 
 
 def test_every_plan_is_sound():
@@ -26,7 +43,7 @@ def test_every_plan_is_sound():
         history, settings = random_case(rng)
         for family in ("sdxl", "sd3"):
             for strategy in strategies(family).values():
-                kept = {}  # what each rank's store holds, over the steps
+                kept = {}  # rank -> value -> how many results of it that rank has had, over the steps
                 for step in range(settings.steps):
                     plan = strategy.plan(step, history[:step], settings)
                     assert len(plan.operations) == strategy.ranks
@@ -34,21 +51,30 @@ def test_every_plan_is_sound():
                     assert_sources_exist(plan, kept)
 
 
-def assert_sources_exist(plan: StepPlan, kept: dict[int, set]) -> None:
-    """What an operation reads has been made or received before it, in this step or an earlier one."""
+def assert_sources_exist(plan: StepPlan, kept: dict[int, Counter]) -> None:
+    """What an operation reads has been made or received before it, in this step or an earlier one, as often as it needs."""
     for rank, operations in enumerate(plan.operations):
-        store = kept.setdefault(rank, set())
+        store = kept.setdefault(rank, Counter())
         for operation in operations:
-            if isinstance(operation, Run):
-                assert operation.source is None or operation.source in store, f"rank {rank}: {operation}"
-                made = {"whole": "prediction", "exit": "prediction"}.get(operation.part, operation.part)
-                store |= {(made, text) for text in (("cond", "uncond") if operation.text == "both" else [operation.text])}
-            elif isinstance(operation, Receive):
-                store.add(operation.value)
-            elif isinstance(operation, Send) and operation.value.what != "discrepancy":
-                assert operation.value in store
-            elif isinstance(operation, Step) and operation.along.what == "prediction":
-                assert operation.along in store
+            match operation:
+                case Run(part, text, source):
+                    assert source is None or store[source], f"rank {rank}: {operation}"
+                    made = {"whole": "prediction", "exit": "prediction"}.get(part, part)
+                    store.update(Value(made, name) for name in (("cond", "uncond") if text == "both" else [text]))
+                case Receive(value):
+                    store[value] += 1
+                case Extrapolate(value, made):
+                    assert store[value] >= len(made) and list(made) == sorted(set(made)), f"rank {rank}: {operation}"
+                    store[ahead(value)] = 1
+                case Guide(cond, uncond):
+                    assert store[cond] and store[uncond], f"rank {rank}: {operation}"
+                    store[GUIDED] += 1
+                case Measure():
+                    store[DISCREPANCY] += 1
+                case Send(value) | Step(value):
+                    assert store[value], f"rank {rank}: {operation}"
+        for value in [value for value in store if value.ahead]:
+            del store[value]  # good for this step only
 
 
 def test_stages_follow_the_switch():

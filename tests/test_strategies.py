@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from hybridiff.strategies import Reuse
 from hybridiff.switching import SwitchRule
 from tests.tiny import make_task, run, run_on_ranks
 
 EARLY = SwitchRule(window=3, slope=1.0, cap=6, interval=4)  # by slope, as soon as the curve falls
 CAPPED = SwitchRule(window=50, cap=4, interval=3)
 TAIL = SwitchRule(window=50, cap=8, interval=20)  # tau2 beyond the last step
+SPARING = Reuse(start=3, count=5, end=2)
+OURS = ("step-extrapolation", "inner-reuse", "guided-pipeline")
 FAMILIES = ("sdxl", "sd3")
 
 
@@ -20,6 +23,7 @@ def results(tmp_path_factory):
     cases += [((f, "paper", 12, rule), {}) for f in FAMILIES for rule in (EARLY, CAPPED, TAIL)]
     cases += [(("sdxl", "paper", 9, CAPPED), {"cut": cut}) for cut in (1, 3, 4, 6, 8)]
     cases += [(("sd3", "paper", 9, CAPPED), {"cut": (0, 1)}), (("sd3", "paper", 9, CAPPED), {"cut": (0, 3)})]
+    cases += [((f, strategy, 12, SPARING), {}) for f in FAMILIES for strategy in OURS]
     return cases, run_on_ranks(tmp_path_factory.mktemp("ranks"), cases)
 
 
@@ -33,10 +37,10 @@ def test_condition_on_two_ranks_equals_serial(results):
             assert ranks[0]["discrepancies"] == serial["discrepancies"]
 
 
-def test_paper_on_two_ranks_equals_one_process(results):
+def test_two_ranks_equal_one_process(results):
     """`equal`: latents after every step on both ranks, stages, and bytes, against the schedule played by one process."""
     for (arguments, options), ranks in zip(*results):
-        if arguments[1] == "paper":
+        if arguments[1] != "condition":
             played = run(*arguments, **options)
             assert "parallelism" in played["stages"]
             for rank in ranks:
@@ -82,3 +86,63 @@ def test_pipelined_steps_use_features_of_the_step_before(family):
             previous = (entry_c, made)
             latents = task.sampler.step(latents, eps, i)
             assert torch.equal(latents, played[i])
+
+
+@pytest.mark.parametrize("strategy", OURS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_reused_equals_serial(family, strategy):
+    """`equal`: without reused steps, and in any case up to the first one."""
+    serial, none, some = (
+        run(family, name, 12, reuse)["latents"]
+        for name, reuse in (("serial", SPARING), (strategy, Reuse(3, 0)), (strategy, SPARING))
+    )
+    assert torch.equal(serial, none)
+    assert torch.equal(serial[:3], some[:3])
+    assert not torch.equal(serial[3:], some[3:])
+
+
+def by_hand(family: str, strategy: str, task, latents):
+    """The guided predictions of steps 1 to 6 with steps 4 and 6 (in the pipeline, 3 to 6) saved; no schedule, no store."""
+    net, cut, guided = task.denoiser, task.cut, {}
+    line = lambda old, new, a, b, i: type(new)(*(y + (i - b) / (b - a) * (y - x) for x, y in zip(old, new)))  # noqa: E731
+    h, predictions = {}, {}  # (text, step) -> inner features, prediction
+    for i in range(1, 7):
+        t, x = task.sampler.timesteps[i : i + 1], latents[i - 1]
+        for text, told in task.conditioning.items():
+            e, skips = net.entry(x, t, told, cut)
+            h[text, i] = net.inner(e, t, told, cut)
+            used = h[text, i]
+            pipelined = strategy == "guided-pipeline" and i >= 3
+            if pipelined:
+                steps = [s for s in (1, 2, 3, 4, 5) if s < i and (s < 3 or (s % 2 == 1) == (text == "cond"))][-2:]
+            elif strategy == "inner-reuse" and i in (4, 6):
+                steps = {4: [2, 3], 6: [3, 5]}[i]
+            if pipelined or (strategy == "inner-reuse" and i in (4, 6)):
+                used = line(h[text, steps[0]], h[text, steps[1]], *steps, i)
+            if not pipelined or (i % 2 == 1) == (text == "cond"):
+                predictions[text, i] = net.exit(used, skips, t, told, cut)
+            else:
+                a, b = steps
+                old, new = predictions[text, a], predictions[text, b]
+                predictions[text, i] = new + (i - b) / (b - a) * (new - old)
+        cond, uncond = predictions["cond", i], predictions["uncond", i]
+        guided[i] = uncond + task.guidance * (cond - uncond)
+        if strategy == "step-extrapolation" and i in (4, 6):
+            a, b = {4: (2, 3), 6: (3, 5)}[i]
+            guided[i] = guided[b] + (i - b) / (b - a) * (guided[b] - guided[a])
+    return guided
+
+
+@pytest.mark.parametrize("strategy", OURS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_formulas(family, strategy):
+    """`close`: every guided step against the formulas written out by hand on the same latents."""
+    reuse = Reuse(start=3, count=4, end=1) if strategy == "guided-pipeline" else Reuse(start=3, count=2, end=1)
+    assert strategy == "guided-pipeline" or reuse.spread(8) == [4, 6]
+    played = run(family, strategy, 8, reuse)["latents"]
+    task = make_task(family, 8, nested=strategy != "step-extrapolation")
+    with torch.inference_mode():
+        guided = by_hand(family, strategy, task, played)
+        for i in range(1, 7):
+            expected = task.sampler.step(played[i - 1], guided[i], i)
+            torch.testing.assert_close(played[i], expected, rtol=1e-5, atol=1e-5)

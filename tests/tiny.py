@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from hybridiff.denoise import Task, denoise
 from hybridiff.samplers import make_sampler
-from hybridiff.strategies import Settings, strategies
+from hybridiff.strategies import Reuse, Settings, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.transport import Mailbox, connect, disconnect
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
@@ -20,7 +20,7 @@ UNET = UNetConfig(channels=16, depths=(0, 1, 1), middle_depth=1, heads=(1, 2, 4)
 MMDIT = MMDiTConfig(latent_channels=4, width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=12, qk_norm=True)
 
 
-def make_task(family: str, steps: int, seed: int = 0, guidance: float = 5.0, sampler: str | None = None, cut=None) -> Task:
+def make_task(family: str, steps: int, seed: int = 0, guidance: float = 5.0, sampler: str | None = None, cut=None, nested: bool = False) -> Task:
     """A task on random weights; the same seed gives the same task in every process."""
     torch.manual_seed(seed)
     denoiser = UNet(UNET) if family == "sdxl" else MMDiT(MMDIT)
@@ -29,16 +29,18 @@ def make_task(family: str, steps: int, seed: int = 0, guidance: float = 5.0, sam
     kind = UNetConditioning if family == "sdxl" else MMDiTConditioning
     conditioning = {text: kind(torch.randn(1, 6, 24), torch.randn(1, 20)) for text in ("cond", "uncond")}
     noise = torch.randn(1, 4, 8, 12)
-    cut = cut or denoiser.default_cut()
+    cut = cut or (denoiser.nested_cut() if nested else denoiser.default_cut())
     return Task(denoiser.eval(), cut, make_sampler(family, sampler, steps), conditioning, guidance, noise)
 
 
-def run(family: str, strategy: str, steps: int, rule: SwitchRule, transport=None, **options) -> dict:
+def run(family: str, strategy: str, steps: int, rule: SwitchRule | Reuse, transport=None, **options) -> dict:
     """Latents after every step, stages, discrepancies and bytes, in one process or on this rank."""
     torch.set_num_threads(1)
     transport = transport or Mailbox()
-    task = make_task(family, steps, **options)
-    records = list(denoise(task, strategies(family)[strategy], Settings(steps, rule), transport))
+    chosen = strategies(family)[strategy]
+    task = make_task(family, steps, nested=chosen.nested, **options)
+    settings = Settings(steps, reuse=rule) if isinstance(rule, Reuse) else Settings(steps, rule)
+    records = list(denoise(task, chosen, settings, transport))
     return {
         "latents": torch.stack([r.latents for r in records]),
         "stages": [r.stage for r in records],
