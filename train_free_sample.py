@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--height", type=int, help="pixels (default: the checkpoint's)")
     add("--width", type=int, help="pixels (default: the checkpoint's)")
     add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")
-    add("--sampler", help="ddim or euler (SDXL), flow (SD3)")
+    add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
     add("--strategy", default="paper", help="serial, batched (one process), condition, paper (one process or two ranks)")
     add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's)")
     add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's)")

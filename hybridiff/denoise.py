@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridiff.clock import Bar, Clock
 from hybridiff.guidance import discrepancy, guide
-from hybridiff.samplers import Sampler
+from hybridiff.samplers import Last, Sampler
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
@@ -68,6 +68,7 @@ class Worker:
     def __init__(self, rank: int, task: Task, transport: Transport):
         self.rank, self.task, self.transport = rank, task, transport
         self.latents = task.sampler.start(task.noise)
+        self.last: Last = None
         self.store: dict[Value, Any] = {}
         self.older: dict[Value, Any] = {}  # the result before the one in the store, of what may be extrapolated
 
@@ -127,7 +128,9 @@ class Worker:
             case Guide(cond, uncond):
                 self.keep(GUIDED, guide(self.store[cond].float(), self.store[uncond].float(), self.task.guidance))
             case Step(along):
-                self.latents = self.task.sampler.step(self.latents, self.store[along].float(), i)
+                now = self.latents, self.store[along].float()
+                self.latents = self.task.sampler.step(*now, i, self.last)
+                self.last = now
 
 
 class StepRecord(NamedTuple):

@@ -1,12 +1,14 @@
-"""Samplers with the update rule in plain sight: DDIM and Euler for noise predictions, Euler for velocities.
+"""Samplers with the update rule in plain sight: DDIM, Euler, DPM++ 2M for noise predictions, Euler, DPM++ 2M for velocities.
 
 All have the same face: `timesteps` (what the network is told at each step, fp32), `start` (unit noise -> first latents),
-`network_input` and `step`. Latents stay in fp32. Schedules: scaled-linear betas of Stable Diffusion (1000 steps, leading
+`network_input` and `step`, which is given latents and prediction of the step before too (None at the first). Latents stay in fp32. Schedules: scaled-linear betas of Stable Diffusion (1000 steps, leading
 spacing, offset 1) and the twice-shifted sigmas of SD3, as in the scheduler configs of the official folders.
 """
 
 import torch
 from torch import Tensor
+
+Last = tuple[Tensor, Tensor] | None  # latents and prediction of the step before
 
 from hybridiff.errors import UsageError
 
@@ -40,7 +42,7 @@ class DDIM:
     def network_input(self, latents: Tensor, i: int) -> Tensor:
         return latents
 
-    def step(self, latents: Tensor, noise: Tensor, i: int) -> Tensor:
+    def step(self, latents: Tensor, noise: Tensor, i: int, last: Last = None) -> Tensor:
         """Latents of step i and the predicted noise -> latents of step i + 1."""
         a, a_next = self.alphas[i], self.next_alphas[i]
         clean = (latents - (1 - a).sqrt() * noise) / a.sqrt()
@@ -62,7 +64,7 @@ class Euler:
     def network_input(self, latents: Tensor, i: int) -> Tensor:
         return latents / (self.sigmas[i] ** 2 + 1).sqrt()
 
-    def step(self, latents: Tensor, noise: Tensor, i: int) -> Tensor:
+    def step(self, latents: Tensor, noise: Tensor, i: int, last: Last = None) -> Tensor:
         """Latents of step i and the predicted noise -> latents of step i + 1."""
         return latents + (self.sigmas[i + 1] - self.sigmas[i]) * noise
 
@@ -86,13 +88,65 @@ class FlowEuler:
     def network_input(self, latents: Tensor, i: int) -> Tensor:
         return latents
 
-    def step(self, latents: Tensor, velocity: Tensor, i: int) -> Tensor:
+    def step(self, latents: Tensor, velocity: Tensor, i: int, last: Last = None) -> Tensor:
         """Latents of step i and the predicted velocity (noise - image) -> latents of step i + 1."""
         return latents + (self.sigmas[i + 1] - self.sigmas[i]) * velocity
 
 
-Sampler = DDIM | Euler | FlowEuler
-SAMPLERS = {"sdxl": {"ddim": DDIM, "euler": Euler}, "sd3": {"flow": FlowEuler}}  # by family, the default first
+def second_order(latents: Tensor, clean: Tensor, older: Tensor | None, alphas: Tensor, sigmas: Tensor, i: int) -> Tensor:
+    """A step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2) from the clean latents predicted now and before.
+
+    Noisy latents are alpha * clean + sigma * noise; lambda = log(alpha / sigma). The first and the last step are of first order.
+    """
+    ratio = sigmas[i + 1] / sigmas[i]
+    if older is not None and i + 2 < len(sigmas):
+        before, now, after = (alphas[i - 1 : i + 2].double() / sigmas[i - 1 : i + 2].double()).log().tolist()
+        weight = (after - now) / (now - before) / 2
+        clean = clean + weight * (clean - older)
+    return ratio * latents + (alphas[i + 1] - ratio * alphas[i]) * clean
+
+
+class DPM:
+    """DPM-Solver++(2M) for noise predictions, on DDIM's timesteps, down to no noise at all."""
+
+    def __init__(self, steps: int):
+        timesteps, signal = leading_timesteps(steps), alphas_cumprod().double()
+        signal = torch.cat([signal[timesteps], signal.new_ones(1)])
+        self.alphas, self.sigmas = signal.sqrt().float(), (1 - signal).sqrt().float()
+        self.timesteps = timesteps.float()
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def network_input(self, latents: Tensor, i: int) -> Tensor:
+        return latents
+
+    def clean(self, latents: Tensor, noise: Tensor, i: int) -> Tensor:
+        return (latents - self.sigmas[i] * noise) / self.alphas[i]
+
+    def step(self, latents: Tensor, noise: Tensor, i: int, last: Last = None) -> Tensor:
+        """Latents of step i and the predicted noise -> latents of step i + 1."""
+        older = self.clean(*last, i - 1) if last else None
+        return second_order(latents, self.clean(latents, noise, i), older, self.alphas, self.sigmas, i)
+
+
+class FlowDPM(FlowEuler):
+    """DPM-Solver++(2M) for velocities, on the sigmas of FlowEuler: alpha = 1 - sigma."""
+
+    def clean(self, latents: Tensor, velocity: Tensor, i: int) -> Tensor:
+        return latents - self.sigmas[i] * velocity
+
+    def step(self, latents: Tensor, velocity: Tensor, i: int, last: Last = None) -> Tensor:
+        """Latents of step i and the predicted velocity (noise - image) -> latents of step i + 1."""
+        older = self.clean(*last, i - 1) if last else None
+        return second_order(latents, self.clean(latents, velocity, i), older, 1 - self.sigmas, self.sigmas, i)
+
+
+Sampler = DDIM | Euler | DPM | FlowEuler
+SAMPLERS = {  # by family, the default first
+    "sdxl": {"ddim": DDIM, "euler": Euler, "dpmpp_2m": DPM},
+    "sd3": {"flow": FlowEuler, "dpmpp_2m": FlowDPM},
+}
 
 
 def make_sampler(family: str, name: str | None, steps: int, shift: float = 3.0) -> Sampler:
@@ -106,4 +160,4 @@ def make_sampler(family: str, name: str | None, steps: int, shift: float = 3.0) 
         raise UsageError(f"--sampler {name} does not fit a {family} checkpoint: choose one of {', '.join(choices)}.")
     if not 1 <= steps < TRAINING_STEPS:
         raise UsageError(f"--steps {steps} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
-    return FlowEuler(steps, shift) if name == "flow" else choices[name](steps)
+    return choices[name](steps, shift) if family == "sd3" else choices[name](steps)
