@@ -1,6 +1,6 @@
 """Make a picture with one process or with torchrun on two ranks.
 
-    torchrun --nproc_per_node=2 train_free_sample.py                       # the SDXL demo, strategy `paper`
+    torchrun --nproc_per_node=2 train_free_sample.py                       # the SDXL demo, preset `balanced`
     torchrun --nproc_per_node=2 train_free_sample.py --weights demo-sd3    # the SD3 demo
     python train_free_sample.py                                            # the same schedule in one process
     torchrun --nproc_per_node=2 train_free_sample.py --weights sd_xl_base_1.0.safetensors --prompt "a red fox"
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from hybridiff.denoise import StepRecord
 from hybridiff.errors import UsageError
 from hybridiff.page import make_page, psnr, save_page
-from hybridiff.pipeline import GUIDANCE, PAPER_RULES, SIDE, Request, Result, generate, meta_task, plan_request
+from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, generate, meta_task, plan_request
+from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.report import check_writable, make_report, save_picture, save_report, settings_of
 from hybridiff.samplers import SAMPLERS
 from hybridiff.strategies import Settings
@@ -28,6 +29,7 @@ from hybridiff.transport import Mailbox, Transport, connect, disconnect, place
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
 
+SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --start and --reused steer
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -55,11 +57,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--width", type=int, help="pixels (default: the checkpoint's)")
     add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")
     add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
-    add("--strategy", default="paper", help="serial, batched (one process), condition, paper (one process or two ranks)")
-    add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's)")
-    add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's)")
-    add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's)")
-    add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's)")
+    add("--preset", default="balanced", choices=PRESETS, help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items()))
+    add("--strategy", help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
+        "guided-pipeline (one process or two ranks)")
+    add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
+    add("--start", type=int, help="full steps before the first of them (default: 30%% of the steps)")
+    add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
+    add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
+    add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
+    add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's, scaled from 50 steps)")
     add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU, float16 on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
@@ -94,7 +100,17 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         return given if given is not None else defaults.get(name, fallback)
 
     given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
-    rule = replace(PAPER_RULES[family], **{key: value for key, value in given_rule.items() if value is not None})
+    rule = replace(paper_rule(family, args.steps), **{key: value for key, value in given_rule.items() if value is not None})
+    strategy = args.strategy or PRESETS[args.preset].strategy
+    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("start", "reused"), SAVING)):
+        for name in names:
+            if getattr(args, name) is not None and strategy not in whose:
+                raise UsageError(f"--{name} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
+    guidance = either("guidance", GUIDANCE[family])
+    if guidance <= 1:
+        strategy = "one-branch"
+    usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share)
+    given_reuse = {"start": args.start, "count": args.reused}
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
     if args.compare_serial and not args.report:
@@ -105,15 +121,16 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         prompt=either("prompt", ""),
         negative_prompt=args.negative_prompt,
         steps=args.steps,
-        guidance=either("guidance", GUIDANCE[family]),
+        guidance=guidance,
         height=either("height", SIDE),
         width=either("width", SIDE),
         seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
         sampler=args.sampler or next(iter(SAMPLERS[family])),
-        strategy=args.strategy,
+        strategy=strategy,
         rule=rule,
         dtype=DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else torch.float16,
         tiles=args.tiles,
+        reuse=replace(usual, **{key: value for key, value in given_reuse.items() if value is not None}),
     )
 
 
@@ -142,6 +159,19 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     return args, checkpoint, request, device
 
 
+def numbers(request: Request) -> str:
+    """The strategy with the numbers that it goes by."""
+    rule, reuse = request.rule, request.reuse
+    if request.strategy == "paper":
+        return f"paper (window {rule.window}, slope {rule.slope:g}, cap {rule.cap}, interval {rule.interval})"
+    if request.strategy == "one-branch":
+        return f"one-branch (guidance {request.guidance:g} is none: there is nothing to split)"
+    if request.strategy not in SAVING:
+        return request.strategy
+    steps = reuse.window(request.steps) if request.strategy == "guided-pipeline" else reuse.spread(request.steps)
+    return f"{request.strategy} ({len(steps)} of {request.steps} steps save work, the first {reuse.start} and the last {reuse.end} never)"
+
+
 def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request, device: torch.device) -> None:
     """Make the picture and say what happened."""
     if device.type == "cpu":
@@ -152,15 +182,17 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     speaks = transport.rank == 0
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
-        print(f'{checkpoint.family} from {args.weights}, {request.strategy} on {ranks}, {device.type}: "{request.prompt}"')
+        print(f'{checkpoint.family} from {args.weights}, {numbers(request)} on {ranks}, {device.type}: "{request.prompt}"')
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
     seen: list[StepRecord] = []
 
     def on_step(record: StepRecord) -> None:
         if speaks and seen and record.stage != seen[-1].stage:
-            switch = find_switch([earlier.discrepancy for earlier in seen], request.rule)
-            why = f"tau1 = {switch.tau1} by {switch.reason}, tau2 = {switch.tau2}"
-            tqdm.write(f"step {record.step}: {seen[-1].stage} -> {record.stage} ({why})")
+            why = ""
+            if request.strategy == "paper":
+                switch = find_switch([earlier.discrepancy for earlier in seen], request.rule)
+                why = f" (tau1 = {switch.tau1} by {switch.reason}, tau2 = {switch.tau2})"
+            tqdm.write(f"step {record.step}: {seen[-1].stage} -> {record.stage}{why}")
         seen.append(record)
         bar.set_description(record.stage, refresh=False)
         bar.update()
@@ -207,7 +239,7 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
         print(describe(checkpoint, t5=not args.no_t5))
     else:
         strategy, _ = plan_request(checkpoint, request, world=1)
-        print(explain(request.strategy, strategy, Settings(request.steps, request.rule), meta_task(checkpoint, request)))
+        print(explain(request.strategy, strategy, Settings(request.steps, request.rule, request.reuse), meta_task(checkpoint, request)))
 
 
 def main() -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hybridiff.denoise import Task
-from hybridiff.pipeline import GUIDANCE, PAPER_RULES, draw_noise
+from hybridiff.pipeline import GUIDANCE, draw_noise
+from hybridiff.presets import PAPER_RULES, PRESETS, usual_reuse
 from hybridiff.samplers import make_sampler
 from hybridiff.strategies import Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
@@ -85,11 +86,14 @@ def make_task(
 
 
 def row_plan(family: str, row: str, steps: int) -> tuple[Strategy, Settings]:
-    """The strategy and settings of a row: "serial", "batched", "condition" or "paper-K".
+    """The strategy and settings of a row: "serial", "batched", "condition", "paper-K", or a preset of ours.
 
     The switch comes by the cap, so that it does not depend on what the networks predict: the paper's cap, or earlier where
     the k + 1 pipelined steps would else pass the last step.
     """
+    if row in ("balanced", "fast"):
+        preset = PRESETS[row]
+        return strategies(family)[preset.strategy], Settings(steps, reuse=usual_reuse(steps, preset.share))
     name, _, k = row.partition("-")
     k = int(k or 5)
     cap = max(1, min(PAPER_RULES[family].cap, steps - k - 1))

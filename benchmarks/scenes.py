@@ -15,7 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridiff.pipeline import GUIDANCE, PAPER_RULES, Request, generate  # noqa: E402
+from hybridiff.pipeline import GUIDANCE, Request, generate  # noqa: E402
+from hybridiff.presets import PAPER_RULES  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
 from weights.demo.checker import compare, shares  # noqa: E402
 from weights.demo.scenes import render, sample  # noqa: E402

@@ -1,7 +1,7 @@
 """Speed of whole runs against the schedule's arithmetic: `python benchmarks/speed.py --json FILE`.
 
 The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights in bf16 on the CPU, one thread a rank. Rows:
-`serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, `paper-K` (K pipelined
+`serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, the presets `balanced` and `fast`, `paper-K` (K pipelined
 steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
 Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
 times taken with as many ranks busy; messages are free. With --cuda, part times there and from them a predicted latency
@@ -28,7 +28,7 @@ from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.schedule import StepPlan  # noqa: E402
 from hybridiff.timeline import length, message_bytes, plan_all, timeline  # noqa: E402
 
-ROWS = ("serial", "batched", "diffusers", "condition", *(f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS))
+ROWS = ("serial", "batched", "diffusers", "condition", "balanced", "fast", *(f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS))
 SIZES = {"sdxl": 512, "sd3": 256}  # of the whole runs
 LINKS = {  # bytes a second in one direction, seconds a message; assumed, the bandwidths are nominal
     "NVLink 4, 450 GB/s": (450e9, 10e-6),
@@ -175,7 +175,7 @@ def predict(family: str, size: int, steps: int, parts: dict[str, float], tiny: b
     """Row -> link -> predicted seconds on two devices with these part times, each fp16 message over its link in turn."""
     sizes = message_bytes(make_task(family, size, steps, torch.float16, tiny))
     predicted = {}
-    for row in ("serial", "batched", "condition", *(f"paper-{k}" for k in INTERVALS)):
+    for row in ("serial", "batched", "condition", "balanced", "fast", *(f"paper-{k}" for k in INTERVALS)):
         predicted[row] = {}
         for link, (bandwidth, latency) in LINKS.items():
             delays = {kind: latency + count / bandwidth for kind, count in sizes.items()}

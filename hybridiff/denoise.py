@@ -149,7 +149,8 @@ class StepRecord(NamedTuple):
 def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Transport) -> Iterator[StepRecord]:
     """Make one picture's latents, step by step. The last record's latents are the result.
 
-    With a `Mailbox` all ranks of the strategy are played here; with `Ranks` this process is one of them.
+    With a `Mailbox` all ranks of the strategy are played here; with `Ranks` this process is one of them. Where the strategy is for one
+    rank and there are more, each makes the whole picture.
     """
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank]
     workers = {rank: Worker(rank, task, transport) for rank in here}
@@ -158,7 +159,7 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
     for i in range(settings.steps):
         start = time.perf_counter()
         plan = strategy.plan(i, history, settings)
-        lists = [(rank, plan.operations[rank]) for rank in here]
+        lists = [(rank, plan.operations[rank % strategy.ranks]) for rank in here]
         for rank, operation in interleave(lists, lambda receive, rank: transport.arrived(receive.source, rank)):
             begun = clock.mark()
             workers[rank].perform(operation, i)

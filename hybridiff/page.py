@@ -48,9 +48,17 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the b
 STAGE_WORDS = {
     "warm-up": "Each rank evaluates the whole network, one with the prompt and one without. They swap the two predictions. "
     "The result is what one device would compute.",
-    "parallelism": "From here the two predictions are treated as one. The network itself is cut in two, and each rank evaluates only its part, on "
-    "features that the other rank made one step earlier. There is one prediction and no guidance: cheaper, and no longer exact.",
     "fully-connecting": "As in the warm-up again, so that guidance can settle the details.",
+}
+MIDDLE_WORDS = {  # of the stage "parallelism", by strategy
+    "paper": "From here the two predictions are treated as one. The network itself is cut in two, and each rank evaluates only its part, on "
+    "features that the other rank made one step earlier. There is one prediction and no guidance: cheaper, and no longer exact.",
+    "step-extrapolation": "Some steps, evenly spread, are not computed: their guided prediction is taken from the line through the last two computed ones. "
+    "The steps between them are computed in full.",
+    "inner-reuse": "In some steps, evenly spread, each rank evaluates only the outer parts of the network; the inner features are continued from the last two "
+    "full steps.",
+    "guided-pipeline": "One rank evaluates the outer parts of the network, the other the inner part, under one text a step, in turns. The branch whose turn it is not is "
+    "continued from its last two predictions, so that guidance stays.",
 }
 BYTES_WORDS = {
     "prediction": "predictions of the whole network",
@@ -116,17 +124,19 @@ def stages_section(report: dict) -> str:
     pieces = ["<h2>The stages</h2>"]
     if report["settings"]["strategy"] in ("serial", "batched"):
         return pieces[0] + "<p>One process evaluates the network with the prompt and without it, in every step. There is only one stage.</p>"
+    if report["settings"]["strategy"] == "one-branch":
+        return pieces[0] + "<p>Without guidance the network is evaluated once a step, with the prompt. There is only one stage.</p>"
     for stage, a, b in runs_of([step["stage"] for step in report["steps"]]):
         spent = sum(step["seconds"] for step in report["steps"][a : b + 1])
         pieces.append(f'<p class="key"><span><i class="{stage}"></i><b>{stage}</b>, {span(a, b)}, {spent:.2f} s</span></p>')
-        pieces.append(f"<p>{STAGE_WORDS[stage]}</p>")
+        pieces.append(f"<p>{STAGE_WORDS.get(stage) or MIDDLE_WORDS[report['settings']['strategy']]}</p>")
     return "".join(pieces)
 
 
 def why(switch: Switch | None, settings: dict) -> str:
     """Why the stage changed, or that it never did."""
     if settings["strategy"] != "paper":
-        return "This strategy never switches; the curve is only measured."
+        return "This strategy does not look at the curve; it is only measured, in the steps that evaluate both branches."
     if switch is None:
         return "The switch never came in these steps: all of them were guided."
     if switch.reason == "slope":
@@ -146,13 +156,17 @@ def curve_section(report: dict, request: Request, switch: Switch | None) -> str:
     stages = [step["stage"] for step in steps]
     values, falls = ([step[name] for step in steps] for name in ("discrepancy", "slope"))
     pieces = [
-        "<h2>When to switch</h2>",
+        f"<h2>{'When to switch' if report['settings']['strategy'] == 'paper' else 'How far the branches lie apart'}</h2>",
         "<p>The <i>denoising discrepancy</i> says how far the prediction with the prompt lies from the one without it: "
-        "mean|cond - uncond| / mean|uncond|. The method takes a flat curve as the sign that the two "
-        "predictions may be merged for a few steps. In the middle stage there is only one prediction, so nothing can be measured.</p>",
+        "mean|cond - uncond| / mean|uncond|. The paper takes a flat curve as the sign that the two "
+        "predictions may be merged for a few steps; in those there is only one prediction, so nothing can be measured.</p>",
         key({stage: stage for stage, _, _ in runs_of(stages)}),
         discrepancy_chart(values, stages, rule, switch),
         f"<p>{why(switch, report['settings'])}</p>",
+    ]  # fmt: skip
+    if report["settings"]["strategy"] != "paper":
+        return "".join(pieces)
+    pieces += [
         f'<p class="soft">Below: the average fall a step over the last {rule.window} steps (L). The switch comes where it first lies '
         f"in the band from 0 to g, at step {rule.cap} (the cap) at the latest. Grey dots lie beyond the chart.</p>",
         slope_chart(falls, stages, rule, switch) if any(fall is not None for fall in falls) else
@@ -212,7 +226,7 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         "seconds of denoising": f"{denoising(report):.2f}",
         "steps": steps,
         "evaluated by": who,
-        "tau1, tau2": f"{switch.tau1}, {switch.tau2}" if switch else "never switched",
+        **({"tau1, tau2": f"{switch.tau1}, {switch.tau2}" if switch else "never switched"} if settings["strategy"] == "paper" else {}),
         "bytes sent": f"{report['bytes_sent']['total']:,}",
         "seed": report["seed"],
     }
@@ -226,7 +240,7 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         pictures(report, result.image, serial),
         f'<div class="facts">{cards}</div>',
         stages_section(report),
-        curve_section(report, request, switch),
+        *([curve_section(report, request, switch)] if any(step["discrepancy"] is not None for step in report["steps"]) else []),
         timeline_section(report, result),
         bytes_section(report),
         "<h2>Seconds by phase</h2>" + table(["phase", "seconds"], phases),

@@ -12,7 +12,7 @@ from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import UsageError, require_finite
 from hybridiff.samplers import Sampler, make_sampler
-from hybridiff.strategies import Settings, Strategy, strategies
+from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
 from hybridiff.tiles import decode_tiled
@@ -21,10 +21,6 @@ from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
 from weights.load import Checkpoint
 
-PAPER_RULES = {  # appendix G of the paper
-    "sdxl": SwitchRule(window=12, slope=4e-4, cap=15, interval=5),
-    "sd3": SwitchRule(window=15, slope=1e-4, cap=40, interval=5),
-}
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
 LARGE = 2**20  # pixels beyond which `tiles` decodes in tiles
@@ -46,6 +42,7 @@ class Request:
     rule: SwitchRule
     dtype: torch.dtype
     tiles: bool = False  # decode in tiles if the picture is large
+    reuse: Reuse = Reuse()  # which steps our strategies save
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,16 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[
     if request.strategy not in known:
         raise UsageError(f"--strategy {request.strategy} is unknown: choose one of {', '.join(known)}.")
     strategy = known[request.strategy]
-    if world not in (1, strategy.ranks):
+    if request.strategy == "one-branch" and request.guidance > 1:
+        raise UsageError(f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}.")
+    if world not in (1, strategy.ranks) and request.strategy != "one-branch":
         counts = "1 process" if strategy.ranks == 1 else f"1 process or {strategy.ranks} ranks"
         raise UsageError(f"--strategy {request.strategy} runs on {counts}, not on {world}: set --nproc_per_node so.")
     rule = request.rule
     for name, value, least in (("window", rule.window, 1), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
+        if value < least:
+            raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
+    for name, value, least in (("start", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     if not math.isfinite(request.guidance):
@@ -152,7 +154,7 @@ def generate(
     vae = checkpoint.config("vae")
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
     task = Task(denoiser, strategy.cut(denoiser), sampler, conditioning, request.guidance, noise)
-    settings = Settings(request.steps, request.rule)
+    settings = Settings(request.steps, request.rule, request.reuse)
     transport.gather("ready")  # the ranks begin together, so that their clocks agree
     records = []
     for record in denoise(task, strategy, settings, transport):

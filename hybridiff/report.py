@@ -24,6 +24,7 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
         "prompt": request.prompt, "negative_prompt": request.negative_prompt, "steps": request.steps,
         "guidance": request.guidance, "height": request.height, "width": request.width,
         "window": rule.window, "slope": rule.slope, "cap": rule.cap, "interval": rule.interval,
+        "start": request.reuse.start, "reused": request.reuse.count,
         "dtype": str(request.dtype).removeprefix("torch."), "tiles": request.tiles,
     }  # fmt: skip
 
@@ -37,7 +38,7 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
         {"stage": r.stage, "discrepancy": r.discrepancy, "slope": r.slope, "seconds": r.seconds}
         for r in result.records
     ]
-    switched = any(r.stage == "parallelism" for r in result.records)
+    switched = request.strategy == "paper" and any(r.stage == "parallelism" for r in result.records)
     switch = find_switch([r.discrepancy for r in result.records], request.rule) if switched else None
     return {
         "steps": steps,

@@ -100,7 +100,8 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     """Every different step as a table of operations, a timeline around the switch, the ideal speed-up and the bytes."""
     plans, costs = plan_all(strategy, settings), part_costs(task)
     bars = timeline(plans, costs)
-    pieces = [f"{name}: {settings.steps} steps on {strategy.ranks} rank(s), drawn for a switch by the cap"]
+    drawn = ", drawn for a switch by the cap" if name == "paper" else ""
+    pieces = [f"{name}: {settings.steps} steps on {strategy.ranks} rank(s){drawn}"]
     shares = ", ".join(f"{part} {costs[part]:.0%}" for part in ("entry", "inner", "exit"))
     pieces.append(f"shares of the network by floating-point operations: {shares}")
     start = 0

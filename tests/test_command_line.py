@@ -30,7 +30,7 @@ def torchrun(*options: str, ranks: int = 2) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("weights", ["demo-sdxl", "demo-sd3"])
 def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatch, capsys):
     """`equal` pixels for `paper`; the report and the PNG's metadata hold what they should."""
-    options = ["--weights", weights, "--seed", "3", "--steps", "12", "--cap", "4", "--interval", "3"]
+    options = ["--weights", weights, "--seed", "3", "--steps", "12", "--preset", "paper", "--cap", "4", "--interval", "3"]
     ran = torchrun(*options, "--out", str(tmp_path / "two.png"), "--report", str(tmp_path / "two"), "--compare-serial")
     assert ran.returncode == 0, ran.stderr
     assert call(monkeypatch, *options, "--out", str(tmp_path / "one.png"), "--report", str(tmp_path / "one")) == 0
@@ -67,7 +67,7 @@ def test_serial_equals_condition_on_two_ranks(tmp_path, monkeypatch):
 
 
 def test_never_switched_is_null_and_said(tmp_path, monkeypatch, capsys):
-    options = ["--seed", "1", "--steps", "3", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
+    options = ["--preset", "paper", "--seed", "1", "--steps", "3", "--cap", "50", "--window", "40", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
     assert call(monkeypatch, *options) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tau1"] is None and report["tau2"] is None
@@ -86,7 +86,9 @@ REFUSED = [
     ("--strategy", "fast"), ("--sampler", "heun"), ("--sampler", "flow"), ("--weights", "nothing-here"),
     ("--weights", "demo-sd3", "--sampler", "ddim"), ("--height", "100"), ("--width", "0"), ("--height", "-32"),
     ("--weights", "demo-sd3", "--height", "100000"), ("--steps", "0"), ("--steps", "-3"), ("--steps", "1000"),
-    ("--steps", "many"), ("--guidance", "nan"), ("--window", "0"), ("--cap", "0"), ("--interval", "-1"),
+    ("--steps", "many"), ("--guidance", "nan"), ("--preset", "paper", "--window", "0"),
+    ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
+    ("--preset", "quick"), ("--reused", "-1"), ("--start", "1"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
 ]  # fmt: skip
 
@@ -139,3 +141,12 @@ def test_sd3_without_t5(monkeypatch, tmp_path):
     assert call(monkeypatch, *options, str(tmp_path / "without.png"), "--no-t5") == 0
     pictures = [Image.open(tmp_path / name).tobytes() for name in ("with.png", "without.png")]
     assert pictures[0] != pictures[1]
+
+
+def test_without_guidance_one_branch_is_run(tmp_path, monkeypatch, capsys):
+    """`equal` pixels on one process and on two ranks, whatever the preset; the log says why."""
+    options = ["--guidance", "0.5", "--steps", "3", "--seed", "1", "--out"]
+    assert call(monkeypatch, *options, str(tmp_path / "one.png"), "--preset", "fast") == 0
+    assert "nothing to split" in capsys.readouterr().out
+    assert torchrun(*options, str(tmp_path / "two.png")).returncode == 0
+    assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "two.png").tobytes()

@@ -8,7 +8,8 @@ from small import random_states, write_single
 
 import hybridiff.pipeline
 from hybridiff.errors import UsageError
-from hybridiff.pipeline import PAPER_RULES, Request, decode, generate
+from hybridiff.pipeline import Request, decode, generate
+from hybridiff.presets import PAPER_RULES
 from hybridiff.transport import Mailbox
 from weights.load import open_checkpoint
 

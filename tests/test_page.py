@@ -16,6 +16,7 @@ from PIL import Image
 import train_free_sample
 from hybridiff.charts import nice
 from hybridiff.page import psnr
+from hybridiff.strategies import strategies
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 PROMPT = "<script>document.title='owned'</script> \"a\" & 'b' <img src=http://localhost/x>"
@@ -42,7 +43,7 @@ class Page(HTMLParser):
 def folder(tmp_path_factory) -> Path:
     """A report of `paper`, played by one process, beside serial; the cap decides."""
     folder = tmp_path_factory.mktemp("report")
-    options = ["--steps", "10", "--window", "3", "--slope", "1e-9", "--cap", "4", "--interval", "2", "--seed", "3"]
+    options = ["--preset", "paper", "--steps", "10", "--window", "3", "--slope", "1e-9", "--cap", "4", "--interval", "2", "--seed", "3"]
     options += ["--prompt", PROMPT, "--compare-serial", "--out", str(folder / "p.png"), "--report", str(folder)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_free_sample.py", *options])
@@ -110,13 +111,15 @@ def test_serial_needs_a_report(monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("strategy", ["serial", "batched", "condition", "paper"])
+@pytest.mark.parametrize("strategy", strategies("sdxl"))
 def test_every_strategy_has_a_page(strategy, monkeypatch, tmp_path):
     """Also with one step, where there is no slope and no switch."""
     options = ["--steps", "1", "--strategy", strategy, "--seed", "1", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
+    options += ["--guidance", "1"] if strategy == "one-branch" else []
     monkeypatch.setattr(sys, "argv", ["train_free_sample.py", *options])
     assert train_free_sample.main() == 0
-    assert "never switched" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("never switched" in page) == (strategy == "paper")
 
 
 def test_psnr_and_scales():

@@ -30,7 +30,8 @@ from test_samplers import BETAS, relative
 from test_tokenizers import t5_oracle
 from torch import Tensor
 
-from hybridiff.pipeline import PAPER_RULES, Request, Result, draw_noise, generate
+from hybridiff.pipeline import Request, Result, draw_noise, generate
+from hybridiff.presets import PAPER_RULES
 from hybridiff.text import encode
 from hybridiff.transport import Mailbox
 from weights.load import open_checkpoint

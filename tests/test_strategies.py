@@ -20,6 +20,7 @@ def results(tmp_path_factory):
     """All two-rank runs of this file, from one pair of processes."""
     cases = [((f, "condition", 12, EARLY), {"sampler": s}) for f, s in (("sdxl", "ddim"), ("sdxl", "euler"), ("sd3", None))]
     cases.append((("sdxl", "condition", 3, EARLY), {"guidance": 0.5}))
+    cases += [((f, "one-branch", 3, EARLY), {"guidance": 0.5}) for f in FAMILIES]
     cases += [((f, "paper", 12, rule), {}) for f in FAMILIES for rule in (EARLY, CAPPED, TAIL)]
     cases += [(("sdxl", "paper", 9, CAPPED), {"cut": cut}) for cut in (1, 3, 4, 6, 8)]
     cases += [(("sd3", "paper", 9, CAPPED), {"cut": (0, 1)}), (("sd3", "paper", 9, CAPPED), {"cut": (0, 3)})]
@@ -28,19 +29,20 @@ def results(tmp_path_factory):
 
 
 def test_condition_on_two_ranks_equals_serial(results):
-    """`equal`: latents after every step, both ranks, both families, both samplers of the U-Net."""
+    """`equal`: latents after every step, both ranks, both families, both samplers of the U-Net; also one branch without guidance."""
     for ((family, strategy, steps, rule), options), ranks in zip(*results):
-        if strategy == "condition":
+        if strategy in ("condition", "one-branch"):
             serial = run(family, "serial", steps, rule, **options)
             for rank in ranks:
                 assert torch.equal(rank["latents"], serial["latents"])
+        if strategy == "condition":
             assert ranks[0]["discrepancies"] == serial["discrepancies"]
 
 
 def test_two_ranks_equal_one_process(results):
     """`equal`: latents after every step on both ranks, stages, and bytes, against the schedule played by one process."""
     for (arguments, options), ranks in zip(*results):
-        if arguments[1] != "condition":
+        if arguments[1] not in ("condition", "one-branch"):
             played = run(*arguments, **options)
             assert "parallelism" in played["stages"]
             for rank in ranks:

@@ -10,7 +10,7 @@ from hybridiff.schedule import StepPlan
 from hybridiff.strategies.condition import condition
 from hybridiff.strategies.guided_pipeline import guided_pipeline
 from hybridiff.strategies.inner_reuse import inner_reuse
-from hybridiff.strategies.one_device import batched, serial
+from hybridiff.strategies.one_device import batched, one_branch, serial
 from hybridiff.strategies.paper import paper_halves, paper_nested
 from hybridiff.strategies.settings import Reuse, Settings
 from hybridiff.strategies.step_extrapolation import step_extrapolation
@@ -35,6 +35,7 @@ def strategies(family: str) -> dict[str, Strategy]:
     return {
         "serial": Strategy(serial, 1),
         "batched": Strategy(batched, 1),
+        "one-branch": Strategy(one_branch, 1),
         "condition": Strategy(condition, 2),
         "paper": Strategy(paper_nested if family == "sdxl" else paper_halves, 2),
         "step-extrapolation": Strategy(step_extrapolation, 2),

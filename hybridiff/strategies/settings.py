@@ -29,11 +29,6 @@ class Reuse:
         return range(first, first + min(self.count, self.room(steps)))
 
 
-def usual_reuse(steps: int, share: float) -> Reuse:
-    """`share` of all steps reused, none in the first 30% (where the picture is laid out) nor in the last two."""
-    return Reuse(start=max(2, round(0.3 * steps)), count=round(share * steps))
-
-
 @dataclass(frozen=True)
 class Settings:
     """The number of steps, the rule of the paper's switch, and which steps the strategies of ours save."""

@@ -1,0 +1,202 @@
+"""What each strategy costs in fidelity, on the demo checkpoints: `python benchmarks/fidelity.py --prompts 32 --json FILE`.
+
+Makes a picture of every unseen prompt with every row's settings, compares it with the picture by `serial` (PSNR and SSIM of the
+8-bit images) and lets `weights/demo/checker.py` look whether it shows what was asked for. One process plays both ranks, which
+gives the ranks' pictures bit for bit. Rows: the paper's strategy with k = 5, 10, 20, 30, condition partitioning, and condition partitioning
+with so many steps fewer that it is ideally as fast. With --json each row is written when it is there, and the command goes on from it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.full_size import INTERVALS, in_words, machine, table  # noqa: E402
+from hybridiff.denoise import Task, denoise  # noqa: E402
+from hybridiff.page import psnr  # noqa: E402
+from hybridiff.pipeline import GUIDANCE, decode, draw_noise  # noqa: E402
+from hybridiff.presets import paper_rule  # noqa: E402
+from hybridiff.report import write_whole  # noqa: E402
+from hybridiff.samplers import make_sampler  # noqa: E402
+from hybridiff.strategies import Reuse, Settings, strategies  # noqa: E402
+from hybridiff.switching import SwitchRule  # noqa: E402
+from hybridiff.text import encode  # noqa: E402
+from hybridiff.timeline import length, part_costs, timeline  # noqa: E402
+from hybridiff.transport import Mailbox  # noqa: E402
+from weights.demo.checker import compare, shares  # noqa: E402
+from weights.demo.scenes import sample  # noqa: E402
+from weights.load import Checkpoint, open_checkpoint  # noqa: E402
+
+SIDE = 128
+EQUAL = 100.0  # dB, what an equal picture counts as in a mean
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to make the pictures. `of` is the number of steps that its speed-up and its reference are taken at."""
+
+    name: str
+    strategy: str
+    steps: int
+    of: int
+    rule: SwitchRule = SwitchRule()
+    reuse: Reuse = Reuse()
+    sampler: str | None = None
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity of two (H, W, 3) uint8 images (Wang et al. 2004): Gaussian window of 11, sigma 1.5, mean over channels."""
+    x, y = (image.permute(2, 0, 1).double()[:, None] / 255 for image in (a, b))  # (3, 1, H, W)
+    line = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2)).double()
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+    mx, my = F.conv2d(x, window), F.conv2d(y, window)
+    xx, yy, xy = F.conv2d(x * x, window) - mx**2, F.conv2d(y * y, window) - my**2, F.conv2d(x * y, window) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    return (((2 * mx * my + c1) * (2 * xy + c2)) / ((mx**2 + my**2 + c1) * (xx + yy + c2))).mean().item()
+
+
+class Studio:
+    """A checkpoint with everything that its pictures share: prompts, their conditioning, the networks, the reference pictures."""
+
+    def __init__(self, checkpoint: Checkpoint, prompts: int, seeds: list[int]):
+        self.checkpoint = checkpoint
+        self.guidance = checkpoint.defaults.get("guidance", GUIDANCE[checkpoint.family])
+        self.drawn = [sample("prompts of 9", index) for index in range(prompts)]
+        self.jobs = [(index, seed) for seed in seeds for index in range(prompts)]
+        where = SIDE, SIDE, torch.device("cpu"), torch.float32
+        self.told = [encode(checkpoint, caption, None, *where) for _, caption in self.drawn]
+        self.denoiser = checkpoint.load("denoiser", torch.float32, torch.device("cpu"))
+        self.references: dict[tuple, list[Tensor]] = {}
+        self.shares: dict[object, dict[str, float]] = {}  # cut -> part -> share
+
+    def picture(self, row: Row, index: int, seed: int) -> tuple[Tensor, float]:
+        """One picture (H, W, 3) uint8 and its ideal cost in evaluations of the network."""
+        family = self.checkpoint.family
+        strategy, vae = strategies(family)[row.strategy], self.checkpoint.config("vae")
+        settings = Settings(row.steps, row.rule, row.reuse)
+        noise = draw_noise(vae.latent_channels, SIDE // vae.factor, SIDE // vae.factor, 1000 * seed + index)
+        sampler = make_sampler(family, row.sampler, row.steps)
+        task = Task(self.denoiser, strategy.cut(self.denoiser), sampler, self.told[index], self.guidance, noise)
+        records = list(denoise(task, strategy, settings, Mailbox()))
+        history = [record.discrepancy for record in records]
+        plans = [strategy.plan(step, history[:step], settings) for step in range(row.steps)]
+        image = decode(self.checkpoint, records[-1].latents, torch.device("cpu"))
+        return image, length(timeline(plans, self.costs(task)))
+
+    def costs(self, task: Task) -> dict[str, float]:
+        """Shares of the network's parts at this cut, counted once, on the meta device."""
+        if task.cut not in self.shares:
+            self.shares[task.cut] = part_costs(replace(task, denoiser=self.checkpoint.part("denoiser").module))
+        return self.shares[task.cut]
+
+    def reference(self, row: Row) -> list[Tensor]:
+        """The pictures by `serial` with the row's sampler and its full number of steps."""
+        key = (row.of, row.sampler)
+        if key not in self.references:
+            serial = Row("serial", "serial", row.of, row.of, sampler=row.sampler)
+            self.references[key] = [self.picture(serial, *job)[0] for job in self.jobs]
+        return self.references[key]
+
+    def measure(self, row: Row) -> dict[str, float]:
+        """What the row's pictures are like: speed-up, PSNR (mean and worst), SSIM, shares of right attributes."""
+        references, made, costs, verdicts = self.reference(row), [], [], []
+        for index, seed in self.jobs:
+            image, cost = self.picture(row, index, seed)
+            made.append(image)
+            costs.append(cost)
+            verdicts.append(compare(*self.drawn[index], image.permute(2, 0, 1) / 127.5 - 1))
+        ratios = [psnr(image, reference) or EQUAL for image, reference in zip(made, references)]
+        likeness = [ssim(image, reference) for image, reference in zip(made, references)]
+        right = shares(verdicts)
+        return {
+            "speed-up": 2 * row.of / mean(costs), "PSNR": mean(ratios), "worst PSNR": min(ratios), "SSIM": mean(likeness),
+            "worst SSIM": min(likeness), "equal": sum(map(torch.equal, made, references)), "right": right["everything"],
+            "pictures": len(made),
+        }  # fmt: skip
+
+
+def fewer(speed_up: float, steps: int) -> int:
+    """The steps with which condition partitioning is ideally at least as fast as that, over `steps` steps of serial."""
+    return max(1, int(steps / speed_up * 2 + 1e-9))
+
+
+class Results:
+    """Rows measured, in memory and in the file; conditions must agree with the file's."""
+
+    def __init__(self, path: Path | None, conditions: dict):
+        self.path, self.conditions, self.found = path, conditions, {}
+        if path and path.exists():
+            kept = json.loads(path.read_text())
+            if kept["conditions"] != conditions:
+                sys.exit(f"{path} holds results of other conditions: give another --json, or the same options as then.")
+            self.found = kept["rows"]
+
+    def get(self, studio: Studio, row: Row) -> dict[str, float]:
+        """The row's measurement, made now if it is not there."""
+        key = f"{studio.checkpoint.family}, {row.of} steps, {row.name}"
+        if key not in self.found:
+            started = time.monotonic()
+            self.found[key] = studio.measure(row)
+            print(f"{key}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            if self.path:
+                text = json.dumps({"conditions": self.conditions, "rows": self.found}, indent=1) + "\n"
+                write_whole(self.path, lambda temporary: temporary.write_text(text))
+        return self.found[key]
+
+
+HEAD = ("strategy", "steps", "ideal speed-up", "PSNR, dB", "worst", "SSIM", "equal", "everything right")
+
+
+def line(row: Row, found: dict[str, float]) -> list[object]:
+    """A row as the table has it."""
+    return [row.name, row.steps, f"{found['speed-up']:.2f}", f"{found['PSNR']:.1f}", f"{found['worst PSNR']:.1f}", f"{found['SSIM']:.4f}",
+            f"{found['equal']}/{found['pictures']}", f"{found['right']:.0%}"]  # fmt: skip
+
+
+def parser_of(words: str) -> argparse.ArgumentParser:
+    """The options that both benchmarks of fidelity have."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--family", nargs="+", choices=("sdxl", "sd3"), default=["sdxl", "sd3"])
+    parser.add_argument("--weights", help="another checkpoint than the family's demo, made for the same prompts")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+def conditions_of(args: argparse.Namespace, **more: object) -> dict[str, object]:
+    """What the figures depend on."""
+    return machine() | {"prompts": args.prompts, "seed": args.seed, "size": SIDE, "dtype": "float32", "weights": args.weights or "demo"} | more
+
+
+def main() -> None:
+    args = parser_of(__doc__.split("\n")[0]).parse_args()
+    torch.set_num_threads(args.threads)
+    results = Results(args.json, conditions_of(args, steps=args.steps))
+    print(in_words(results.conditions))
+    print("\nPSNR and SSIM are those against `serial` with all steps; an equal picture counts as 100 dB. Speed-ups are ideal, over `serial`.")
+    for family in args.family:
+        studio = Studio(open_checkpoint(args.weights or f"demo-{family}"), args.prompts, [args.seed])
+        rows = [Row("serial", "serial", args.steps, args.steps), Row("condition", "condition", args.steps, args.steps)]
+        for k in INTERVALS:
+            rule = replace(paper_rule(family, args.steps), interval=k)
+            rows.append(Row(f"paper, k = {k}", "paper", args.steps, args.steps, rule))
+            steps = fewer(results.get(studio, rows[-1])["speed-up"], args.steps)
+            rows.append(Row(f"condition, {steps} steps", "condition", steps, args.steps))
+        lines = [line(row, results.get(studio, row)) for row in rows]
+        print(f"\n## {family}, guidance {studio.guidance:g}\n\n{table(HEAD, lines)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What a user picks: four names, each for a strategy and a share of the steps."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from hybridiff.strategies import Reuse
+from hybridiff.switching import SwitchRule
+
+PAPER_RULES = {  # appendix G of the paper
+    "sdxl": SwitchRule(window=12, slope=4e-4, cap=15, interval=5),
+    "sd3": SwitchRule(window=15, slope=1e-4, cap=40, interval=5),
+}
+
+class Preset(NamedTuple):
+    """A strategy, and the share of all steps that it saves (of our strategies; the paper's has its own rule)."""
+
+    strategy: str
+    share: float
+    words: str
+
+
+PRESETS = {
+    "exact": Preset("condition", 0.0, "the picture of one device, bit for bit"),
+    "balanced": Preset("step-extrapolation", 0.2, "a fifth of the steps extrapolated"),
+    "fast": Preset("step-extrapolation", 0.32, "a third of the steps extrapolated"),
+    "paper": Preset("paper", 0.0, "the three stages as published"),
+}
+
+
+def usual_reuse(steps: int, share: float) -> Reuse:
+    """`share` of all steps saved, none in the first 30% (there the picture is laid out) nor among the last two."""
+    return Reuse(start=max(2, round(0.3 * steps)), count=round(share * steps))
+
+
+def paper_rule(family: str, steps: int) -> SwitchRule:
+    """The paper's numbers, which are for 50 steps; with others the same stretch of the trajectory, so that a step falls by more."""
+    rule, times = PAPER_RULES[family], max(1, steps) / 50
+    if steps == 50:
+        return rule
+    window, cap, interval = (max(1, round(times * number)) for number in (rule.window, rule.cap, rule.interval))
+    return replace(rule, window=window, slope=rule.slope / times, cap=cap, interval=interval)

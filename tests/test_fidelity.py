@@ -1,0 +1,58 @@
+"""The benchmarks of fidelity on the demo checkpoints, very few steps: what must be equal is, and what must differ does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.fidelity import Row, Studio, fewer, ssim
+from hybridiff.presets import PAPER_RULES, PRESETS, paper_rule, usual_reuse
+from hybridiff.strategies import Reuse, strategies
+from weights.load import open_checkpoint
+
+
+def test_ssim():
+    """1 for equal images; by its formula for flat ones, where variances are 0; small for unlike noise."""
+    grey = torch.full((32, 32, 3), 100, dtype=torch.uint8)
+    noise = torch.randint(256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert ssim(noise[0], noise[0]) == pytest.approx(1)
+    x, y = 100 / 255, 120 / 255
+    assert ssim(grey, grey + 20) == pytest.approx((2 * x * y + 1e-4) / (x * x + y * y + 1e-4))
+    assert ssim(noise[0], noise[1]) < 0.1
+
+
+def test_rows():
+    """`condition` equals serial picture by picture; saved steps change it and pay in speed as the arithmetic says."""
+    studio = Studio(open_checkpoint("demo-sdxl"), prompts=1, seeds=[0])
+    exact = studio.measure(Row("condition", "condition", 8, 8))
+    assert exact["equal"] == 1 and exact["PSNR"] == 100 and exact["SSIM"] == pytest.approx(1) and exact["speed-up"] == pytest.approx(2)
+    saved = studio.measure(Row("step-extrapolation", "step-extrapolation", 8, 8, reuse=Reuse(3, 2)))
+    assert saved["equal"] == 0 and saved["worst PSNR"] <= saved["PSNR"] < 100 and saved["speed-up"] == pytest.approx(16 / 6)
+    assert studio.measure(Row("fewer", "condition", 6, 8))["speed-up"] == pytest.approx(16 / 6)
+    assert fewer(2.0, 50) == 50 and fewer(2.5, 50) == 40 and fewer(2.86, 50) == 34
+
+
+def test_presets_scale_with_the_steps():
+    """From 10 to 100 steps: full steps at both ends, the share of saved ones within one step; the paper's numbers at 50."""
+    for steps in range(10, 101):
+        for preset in PRESETS.values():
+            reuse = usual_reuse(steps, preset.share)
+            chosen = reuse.spread(steps)
+            assert len(set(chosen)) == len(chosen) == reuse.count and abs(reuse.count - preset.share * steps) <= 0.5
+            assert all(reuse.start <= step < steps - 2 for step in chosen)
+            assert preset.strategy in strategies("sdxl")
+        for family in PAPER_RULES:
+            rule = paper_rule(family, steps)
+            assert rule.cap + rule.interval <= steps and (steps != 50 or rule == PAPER_RULES[family])
+
+
+def test_command_goes_on_from_its_file(tmp_path):
+    """A second run measures nothing again and prints the same table; other conditions are refused."""
+    call = [sys.executable, "benchmarks/fidelity.py", "--family", "sd3", "--prompts", "1", "--steps", "4", "--json", str(tmp_path / "f.json")]
+    first, second = (subprocess.run(call, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0 and "serial" in first.stderr and second.stderr == "" and first.stdout == second.stdout
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert rows["sd3, 4 steps, condition"]["equal"] == 1
+    assert subprocess.run([*call, "--seed", "2"], capture_output=True).returncode != 0
