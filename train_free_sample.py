@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text-encoders", nargs="+", default=(), metavar="FILE", help="clip_l, clip_g, t5xxl in files of their own")
     add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
     add("--no-t5", action="store_true", help="leave T5 out (SD3)")
+    add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device, on the CPU, or on the device in its stored fp8 (SD3)")
     add("--prompt", help="what to draw (default: the demo's own prompt)")
     add("--negative-prompt", help="what to keep out")
     add("--steps", type=int, default=50)
@@ -130,6 +131,7 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         rule=rule,
         dtype=DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else torch.float16,
         tiles=args.tiles,
+        t5=args.t5,
         reuse=replace(usual, **{key: value for key, value in given_reuse.items() if value is not None}),
     )
 

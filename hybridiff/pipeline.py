@@ -19,6 +19,7 @@ from hybridiff.tiles import decode_tiled
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
+from weights.files import FP8
 from weights.load import Checkpoint
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
@@ -43,6 +44,7 @@ class Request:
     dtype: torch.dtype
     tiles: bool = False  # decode in tiles if the picture is large
     reuse: Reuse = Reuse()  # which steps our strategies save
+    t5: str = "device"  # where and how T5 runs: "device", "cpu" or "fp8"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[
     for name, value, least in (("start", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
+    if request.t5 == "fp8" and not ("t5" in checkpoint.parts and checkpoint.dtype("t5") in FP8):
+        raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this checkpoint has none: leave it out or give --t5 cpu.")
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
@@ -146,7 +150,7 @@ def generate(
 
     now = time.perf_counter()
     size = (request.height, request.width)
-    conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype)
+    conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5)
     now = clock("text", now)
     denoiser = checkpoint.load("denoiser", request.dtype, device)
     now = clock("load", now)

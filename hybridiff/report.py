@@ -25,7 +25,7 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
         "guidance": request.guidance, "height": request.height, "width": request.width,
         "window": rule.window, "slope": rule.slope, "cap": rule.cap, "interval": rule.interval,
         "start": request.reuse.start, "reused": request.reuse.count,
-        "dtype": str(request.dtype).removeprefix("torch."), "tiles": request.tiles,
+        "dtype": str(request.dtype).removeprefix("torch."), "tiles": request.tiles, "t5": request.t5,
     }  # fmt: skip
 
 

@@ -11,9 +11,11 @@ from models.unet import UNetConditioning
 from weights.load import Checkpoint
 
 
-def run_encoder(checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype) -> list:
+def run_encoder(
+    checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype, fp8: bool = False
+) -> list:
     """Run one text encoder over the texts, one by one (batch 1, so that a text's result never depends on the others)."""
-    tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device)
+    tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device, fp8=fp8)
     results = [encoder(tokenizer(text).to(device)) for text in texts]
     for result in results:
         named = {"text": result} if isinstance(result, Tensor) else dict(zip(("text", "pooled text"), result))
@@ -32,10 +34,16 @@ def encode(
     width: int,
     device: torch.device,
     dtype: torch.dtype,
+    t5: str = "device",
 ) -> dict[str, UNetConditioning] | dict[str, MMDiTConditioning]:
-    """The conditioning of both branches, "cond" and "uncond", batch 1, in `dtype` on `device`; sizes in pixels."""
-    encode_family = encode_sdxl if checkpoint.family == "sdxl" else encode_sd3
-    return encode_family(checkpoint, prompt, negative_prompt, height, width, device, dtype)
+    """The conditioning of both branches, "cond" and "uncond", batch 1, in `dtype` on `device`; sizes in pixels.
+
+    `t5`: "device", "cpu" (T5 stays in host memory and runs there, in bf16 where `dtype` is fp16) or "fp8" (its stored
+    fp8 weights stay so and are brought to `dtype` layer by layer).
+    """
+    if checkpoint.family == "sdxl":
+        return encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtype)
+    return encode_sd3(checkpoint, prompt, negative_prompt, device, dtype, t5)
 
 
 def encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtype) -> dict[str, UNetConditioning]:
@@ -63,7 +71,7 @@ def encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtyp
     return {"cond": conditioning(*branches[0]), "uncond": conditioning(*branches[1])}
 
 
-def encode_sd3(checkpoint, prompt, negative_prompt, height, width, device, dtype) -> dict[str, MMDiTConditioning]:
+def encode_sd3(checkpoint, prompt, negative_prompt, device, dtype, t5) -> dict[str, MMDiTConditioning]:
     """SD3: CLIP rows (CLIP-L and bigG side by side, padded with zeros to T5's width), then T5's rows; pooled of both CLIPs.
 
     Without a negative prompt the empty string is encoded. Without T5 its rows are zeros (Esser et al. 2024, Sec. 5.3.3).
@@ -72,12 +80,15 @@ def encode_sd3(checkpoint, prompt, negative_prompt, height, width, device, dtype
     clip_l = run_encoder(checkpoint, "clip_l", texts, device, dtype)
     clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
     context_width = checkpoint.config("denoiser").context_width
-    if "t5" in checkpoint.parts:
-        t5 = run_encoder(checkpoint, "t5", texts, device, dtype)
+    if "t5" not in checkpoint.parts:
+        text_t5s = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * 2
+    elif t5 == "cpu":
+        slow = torch.bfloat16 if dtype == torch.float16 else dtype  # CPUs compute in bf16 sooner than in fp16
+        text_t5s = [text.to(device) for text in run_encoder(checkpoint, "t5", texts, torch.device("cpu"), slow)]
     else:
-        t5 = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * 2
+        text_t5s = run_encoder(checkpoint, "t5", texts, device, dtype, fp8=t5 == "fp8")
     branches = []
-    for (text_l, pooled_l), (text_g, pooled_g), text_t5 in zip(clip_l, clip_g, t5):
+    for (text_l, pooled_l), (text_g, pooled_g), text_t5 in zip(clip_l, clip_g, text_t5s):
         clip = torch.cat([text_l, text_g], dim=2)
         clip = F.pad(clip, (0, context_width - clip.shape[2]))
         text = torch.cat([clip, text_t5.to(dtype)], dim=1)  # (1, 77 + 256, 4096) in SD3-medium

@@ -56,6 +56,17 @@ class RMSNorm(nn.Module):
         return self.weight * x.to(self.weight.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer without bias whose weight may be stored in fp8; it is brought to the input's dtype where it is used."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with an additive position bias and without the 1/sqrt(d) of the logits."""
 
@@ -63,10 +74,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.config = config
         inner = config.heads * config.head_width
-        self.q = nn.Linear(config.width, inner, bias=False)
-        self.k = nn.Linear(config.width, inner, bias=False)
-        self.v = nn.Linear(config.width, inner, bias=False)
-        self.o = nn.Linear(inner, config.width, bias=False)
+        self.q = Linear(config.width, inner)
+        self.k = Linear(config.width, inner)
+        self.v = Linear(config.width, inner)
+        self.o = Linear(inner, config.width)
         if owns_bias:
             self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
 
@@ -89,14 +100,14 @@ class DenseReluDense(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi_0 = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.wi_0 = Linear(config.width, config.mlp_width)
+        self.wi_1 = Linear(config.width, config.mlp_width)
+        self.wo = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, width] -> [B, L, width] in fp32: the output of `wo` overflows fp16 in the trained T5-XXL."""
         x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        return F.linear(x.float(), self.wo.weight.float())
+        return self.wo(x.float())
 
 
 class AttentionLayer(nn.Module):

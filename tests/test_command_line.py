@@ -88,7 +88,7 @@ REFUSED = [
     ("--weights", "demo-sd3", "--height", "100000"), ("--steps", "0"), ("--steps", "-3"), ("--steps", "1000"),
     ("--steps", "many"), ("--guidance", "nan"), ("--preset", "paper", "--window", "0"),
     ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
-    ("--preset", "quick"), ("--reused", "-1"), ("--start", "1"),
+    ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--start", "1"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
 ]  # fmt: skip
 

@@ -16,8 +16,9 @@ from official import tensors, write_sparse
 from safetensors.torch import load_file, save_file
 from small import PIECES, SIZES, random_states, write_folder, write_single
 from test_tokenizers import t5_oracle
-from torch import Tensor
+from torch import Tensor, nn
 
+from hybridiff.text import encode
 from weights import find
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
@@ -133,6 +134,22 @@ def test_t5_under_either_name_of_its_table_and_in_fp8(tmp_path: Path):
     loaded = checkpoint.load("t5", torch.float16).state_dict()
     for name, tensor in states["t5"].items():
         assert torch.equal(loaded[name], tensor.to(torch.float8_e4m3fn).to(torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_t5_runs_in_its_stored_fp8(tmp_path: Path, dtype: torch.dtype):
+    """`equal` to the fp8 weights brought to the computing dtype at once, in little more than half of fp16's bytes."""
+    states = random_states("sd3", torch.float16)
+    states["t5"] = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in states["t5"].items()}
+    checkpoint = open_checkpoint(str(write_single(tmp_path / "x.safetensors", "sd3", states)))
+    whole, stored = (checkpoint.load("t5", dtype, fp8=fp8) for fp8 in (False, True))
+    kept = sum(tensor.nbytes for tensor in stored.state_dict().values() if tensor.dtype == torch.float8_e4m3fn)
+    assert kept == sum(layer.weight.numel() for layer in whole.modules() if isinstance(layer, nn.Linear)) > 0
+    ids = checkpoint.tokenizer("t5")("a red star")
+    with torch.inference_mode():
+        assert torch.equal(whole(ids), stored(ids))
+        told = [encode(checkpoint, "a red star", None, 32, 32, torch.device("cpu"), dtype, t5) for t5 in ("device", "cpu", "fp8")]
+    assert all(torch.equal(told[0]["cond"].text, other["cond"].text) for other in told[1:])
 
 
 def test_a_text_encoder_that_lacks_its_last_layer_is_refused(folder: Path, tmp_path: Path):

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.t5 import Linear as T5Linear
 from models.tokenizers import CLIPTokenizer, T5Tokenizer
 from weights.check import Config, Fitted, build, check_part, check_together
-from weights.files import FLOATS, WeightsError, reader
+from weights.files import FLOATS, FP8, WeightsError, reader
 from weights.find import locate
 from weights.parts import PREFIXES, Contents, read_beside, read_encoder, read_folder, read_single
 from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
@@ -66,17 +67,19 @@ class Checkpoint:
 
     @torch.no_grad()
     def load(
-        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False
+        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, fp8: bool = False
     ) -> nn.Module:
         """A part as a module in eval mode without gradients, its tensors brought one by one to device and dtype.
 
-        `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need.
+        `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need. With `fp8`, T5's linear layers
+        keep their stored fp8 and are brought to the computing dtype one by one as they run.
         """
         fitted = self.part(part)
         module = build(fitted.kind, fitted.config)
         if decoder_only:
             for half in ("encoder", "quant_conv"):
                 module._modules.pop(half, None)
+        stays = {f"{name}.weight" for name, layer in module.named_modules() if fp8 and isinstance(layer, T5Linear)}
         state: dict[str, Tensor] = {}
         with reader() as read:
             for name, tensor in module.state_dict().items():
@@ -85,7 +88,7 @@ class Checkpoint:
                     state[name] = torch.zeros(tensor.shape, dtype=dtype, device=device)
                 else:
                     made = source.make([read(fitted.entries[key]) for key in source.keys])
-                    state[name] = made.contiguous().to(device, dtype)
+                    state[name] = made.contiguous().to(device, made.dtype if name in stays and made.dtype in FP8 else dtype)
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False)
 
