@@ -185,6 +185,8 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
         print(f'{checkpoint.family} from {args.weights}, {numbers(request)} on {ranks}, {device.type}: "{request.prompt}"')
+        for remark in checkpoint.remarks:
+            print(remark)
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
     seen: list[StepRecord] = []
 

@@ -1,5 +1,6 @@
 """Bad files end in one sentence: never a traceback, a hang or an unpickling."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ from official import tensors, write_sparse
 from safetensors.torch import save_file
 from small import random_states, write_folder, write_single
 
+from weights.describe import describe
 from weights.load import WeightsError, open_checkpoint
 
 torch.set_num_threads(1)
@@ -141,6 +143,29 @@ def test_schedules_of_sd3_folders(field: str, fits: bool, tmp_path: Path):
         assert open_checkpoint(str(tmp_path)).defaults == {"shift": 2.5}
     else:
         assert field.split('"')[1] in sentence(tmp_path)
+
+
+OFFICIAL = """{"_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.19.0.dev0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+"beta_start": 0.00085, "clip_sample": false, "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
+"sample_max_value": 1.0, "set_alpha_to_one": false, "skip_prk_steps": true, "steps_offset": 1, "timestep_spacing": "leading",
+"trained_betas": null, "use_karras_sigmas": false}"""
+
+
+@pytest.mark.parametrize("field", [None, '"timestep_spacing": "trailing"', '"use_karras_sigmas": true', '"beta_end": 0.02',
+                                   '"rescale_betas_zero_snr": true', '"prediction_type": "v_prediction"'])  # fmt: skip
+def test_schedules_of_sdxl_folders(field: str | None, tmp_path: Path):
+    """The official one is taken; how the model was trained must fit; how it is sampled is remarked on."""
+    write_folder(tmp_path, "sdxl", {"denoiser": random_states("sdxl", torch.float16)["denoiser"]})
+    (tmp_path / "scheduler").mkdir()
+    told = json.loads(OFFICIAL) | (json.loads(f"{{{field}}}") if field else {})
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+    name = field.split('"')[1] if field else ""
+    if name in ("beta_end", "rescale_betas_zero_snr", "prediction_type"):
+        assert name in sentence(tmp_path)
+    else:
+        checkpoint = open_checkpoint(str(tmp_path))
+        assert len(checkpoint.remarks) == bool(field) and all(name in remark for remark in checkpoint.remarks)
+        assert not field or checkpoint.remarks[0] in describe(checkpoint)
 
 
 def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -54,6 +54,7 @@ def describe(checkpoint: Checkpoint, t5: bool = True) -> str:
                      f" {stored.total() / 1e6:,.1f} MB")
         if fitted.place != checkpoint.path and checkpoint.layout == "single":
             lines.append(f"  {'':<9} from {fitted.place}")
+    lines += checkpoint.remarks
     missing = needs(checkpoint, t5)
     if "t5" not in checkpoint.parts and checkpoint.family == "sd3":
         lines.append(f"Optional: {where_to_get(checkpoint, 't5')}")

@@ -30,12 +30,14 @@ class Checkpoint:
 
     `family` "sdxl" or "sd3"; `layout` "single" or "folder"; `defaults` what it proposes (prompt, height, width,
     guidance, shift, as far as given); `zero_negative` whether SDXL is told zeros where there is no negative prompt (else
-    the empty text); `notes` part -> why files beside it cannot be used.
+    the empty text); `notes` part -> why files beside it cannot be used;
+    `remarks` sentences that the user should read.
     """
 
     def __init__(self, contents: Contents, t5_file: str | None = None, notes: Mapping[str, list[str]] | None = None):
         self.family, self.layout, self.path = contents.family, contents.layout, contents.path
         self.defaults, self.notes, self.zero_negative = contents.defaults, notes or {}, contents.zero_negative
+        self.remarks = contents.remarks
         self.t5_length, self.t5_file = contents.t5_length or T5_LENGTH, t5_file and os.path.expanduser(t5_file)
         self.fitted: dict[str, Fitted] = {
             name: check_part(name, contents.parts[name], self.family) for name in PARTS if name in contents.parts

@@ -5,7 +5,7 @@ File and folder names decide nothing, but for the sub-folders of the Hugging Fac
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,14 @@ OTHER_FLOWS = (  # fields of a flow scheduler_config.json that, set, make anothe
     "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
     "use_beta_sigmas", "stochastic_sampling",
 )  # fmt: skip
+TRAINED = {  # fields of SDXL's scheduler_config.json that belong to how it was trained, and their only values here
+    "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "trained_betas": None, "rescale_betas_zero_snr": False,
+}  # fmt: skip
+SAMPLED = {  # fields that belong to the sampler, and what the samplers here do
+    "timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False, "thresholding": False,
+}  # fmt: skip
 IGNORED = re.compile(  # tensors outside the parts that some files hold and nobody needs
     r"model_ema\..*|denoiser\.sigmas|model\.model_sampling\.sigmas|text_encoders\.\w+\.logit_scale"
     r"|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?|betas"
@@ -82,6 +90,7 @@ class Contents:
     defaults: dict  # prompt, height, width, guidance, shift, as far as they are given
     t5_length: int | None = None
     zero_negative: bool = True  # SDXL: whether no negative prompt means zeros (else the empty text)
+    remarks: Sequence[str] = ()  # what the user should know, a sentence each
 
 
 def kind_of(part: str, family: str) -> str:
@@ -203,8 +212,14 @@ def read_folder(path: Path) -> Contents:
         raise WeightsError(f"{path / FOLDERS[family]['denoiser']} is neither SDXL's U-Net nor SD3's MMDiT; its tensors:"
                            f" {some(list(keys)) or 'none'}.")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    if family == "sdxl" and scheduler.get("prediction_type", "epsilon") != "epsilon":
-        raise WeightsError(f"{path} predicts {ascii(scheduler['prediction_type']):.50}; only epsilon is done here.")
+    remarks = []
+    if family == "sdxl":
+        for name, value in TRAINED.items():
+            if scheduler.get(name, value) != value:
+                raise WeightsError(f"{path / 'scheduler'} says {name} = {ascii(scheduler[name]):.50}; only {value} is done here.")
+        others = [f"{name} = {ascii(scheduler[name]):.50}" for name, value in SAMPLED.items() if scheduler.get(name, value) != value]
+        if others:
+            remarks.append(f"The folder's scheduler asks for {', '.join(others)}; the samplers here space the steps as SDXL's own does.")
     if family == "sd3" and (other := [name for name in OTHER_FLOWS if scheduler.get(name)]):
         raise WeightsError(f"{path / 'scheduler'} asks for {', '.join(other)}, which is not done here: SD3's own schedule"
                            " has a fixed shift and none of these.")
@@ -213,7 +228,7 @@ def read_folder(path: Path) -> Contents:
     zeros = read_json(index).get("force_zeros_for_empty_prompt", True)
     if not isinstance(zeros, bool):
         raise WeightsError(f"{index} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false.")
-    return Contents(family, "folder", path, parts, checked_defaults(path, defaults), zero_negative=zeros)
+    return Contents(family, "folder", path, parts, checked_defaults(path, defaults), zero_negative=zeros, remarks=remarks)
 
 
 def read_json(path: Path) -> dict:
