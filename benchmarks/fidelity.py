@@ -78,19 +78,25 @@ class Studio:
         self.references: dict[tuple, list[Tensor]] = {}
         self.shares: dict[object, dict[str, float]] = {}  # cut -> part -> share
 
-    def picture(self, row: Row, index: int, seed: int) -> tuple[Tensor, float]:
-        """One picture (H, W, 3) uint8 and its ideal cost in evaluations of the network."""
-        family = self.checkpoint.family
-        strategy, vae = strategies(family)[row.strategy], self.checkpoint.config("vae")
-        settings = Settings(row.steps, row.rule, row.reuse)
+    def task(self, row: Row, index: int, seed: int, guidance: float | None = None) -> Task:
+        """What there is to do for one picture."""
+        family, vae = self.checkpoint.family, self.checkpoint.config("vae")
         noise = draw_noise(vae.latent_channels, SIDE // vae.factor, SIDE // vae.factor, 1000 * seed + index)
-        sampler = make_sampler(family, row.sampler, row.steps)
-        task = Task(self.denoiser, strategy.cut(self.denoiser), sampler, self.told[index], self.guidance, noise)
-        records = list(denoise(task, strategy, settings, Mailbox()))
-        history = [record.discrepancy for record in records]
-        plans = [strategy.plan(step, history[:step], settings) for step in range(row.steps)]
+        sampler, cut = make_sampler(family, row.sampler, row.steps), strategies(family)[row.strategy].cut(self.denoiser)
+        return Task(self.denoiser, cut, sampler, self.told[index], guidance or self.guidance, noise)
+
+    def picture(self, row: Row, task: Task) -> tuple[Tensor, list[float | None]]:
+        """The picture (H, W, 3) uint8, and the discrepancies measured on the way."""
+        strategy = strategies(self.checkpoint.family)[row.strategy]
+        records = list(denoise(task, strategy, Settings(row.steps, row.rule, row.reuse), Mailbox()))
         image = decode(self.checkpoint, records[-1].latents, torch.device("cpu"))
-        return image, length(timeline(plans, self.costs(task)))
+        return image, [record.discrepancy for record in records]
+
+    def cost(self, row: Row, task: Task, history: list[float | None]) -> float:
+        """Ideal cost of a picture in evaluations of the network, with the discrepancies that decided over its stages."""
+        strategy, settings = strategies(self.checkpoint.family)[row.strategy], Settings(row.steps, row.rule, row.reuse)
+        plans = [strategy.plan(step, history[:step], settings) for step in range(row.steps)]
+        return length(timeline(plans, self.costs(task)))
 
     def costs(self, task: Task) -> dict[str, float]:
         """Shares of the network's parts at this cut, counted once, on the meta device."""
@@ -103,16 +109,17 @@ class Studio:
         key = (row.of, row.sampler)
         if key not in self.references:
             serial = Row("serial", "serial", row.of, row.of, sampler=row.sampler)
-            self.references[key] = [self.picture(serial, *job)[0] for job in self.jobs]
+            self.references[key] = [self.picture(serial, self.task(serial, *job))[0] for job in self.jobs]
         return self.references[key]
 
     def measure(self, row: Row) -> dict[str, float]:
         """What the row's pictures are like: speed-up, PSNR (mean and worst), SSIM, shares of right attributes."""
         references, made, costs, verdicts = self.reference(row), [], [], []
         for index, seed in self.jobs:
-            image, cost = self.picture(row, index, seed)
+            task = self.task(row, index, seed)
+            image, history = self.picture(row, task)
             made.append(image)
-            costs.append(cost)
+            costs.append(self.cost(row, task, history))
             verdicts.append(compare(*self.drawn[index], image.permute(2, 0, 1) / 127.5 - 1))
         ratios = [psnr(image, reference) or EQUAL for image, reference in zip(made, references)]
         likeness = [ssim(image, reference) for image, reference in zip(made, references)]
