@@ -7,14 +7,21 @@
 """
 
 import argparse
+import os
 import secrets
+import signal
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
 import torch
 from tqdm import tqdm
 
+import hybridiff
 from hybridiff.denoise import StepRecord
 from hybridiff.errors import UsageError
 from hybridiff.page import make_page, psnr, save_page
@@ -25,7 +32,7 @@ from hybridiff.samplers import SAMPLERS
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.timeline import explain
-from hybridiff.transport import Mailbox, Transport, connect, disconnect, place
+from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, disconnect, place
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
 
@@ -71,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
+    add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank")
     add("--out", type=Path, default=Path("picture.png"), help="where the PNG goes")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
     add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
@@ -116,6 +124,8 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
     if args.compare_serial and not args.report:
         raise UsageError("--compare-serial goes into the report: give --report DIR too.")
+    if not 0.1 <= args.timeout <= 1e6:
+        raise UsageError(f"--timeout {args.timeout} is out of range: give seconds, 0.1 to 1e6.")
     if args.threads < 1:
         raise UsageError(f"--threads {args.threads} is out of range: give at least 1.")
     return Request(
@@ -246,9 +256,44 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
         print(explain(request.strategy, strategy, Settings(request.steps, request.rule, request.reuse), meta_task(checkpoint, request)))
 
 
+def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
+    """A sentence on the first thing in which a rank differs from rank 0 though all must agree; None where nothing does."""
+    each_its_own = ("weights", "text_encoders", "t5_tokenizer", "out", "report", "device", "threads", "timeout", "dtype")
+    facts = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
+    facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the weights": checkpoint.digest()}
+    facts |= {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
+    ranks = transport.gather(facts)
+    for rank, theirs in enumerate(ranks):
+        for name, value in ranks[0].items():
+            if theirs[name] != value:
+                return f"The ranks disagree about {name}: rank 0 has {value!r:.80}, rank {rank} {theirs[name]!r:.80}; start all of them alike."
+    return None
+
+
+def asked_timeout() -> timedelta:
+    """--timeout, which is needed before the ranks can talk about any option; a bad value is refused later with the others."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--timeout")
+    try:
+        return timedelta(seconds=min(max(0.1, float(early.parse_known_args()[0].timeout or 600)), 1e6))
+    except (ValueError, SystemExit):
+        return timedelta(seconds=600)
+
+
 def main() -> int:
     """Exit status: 0 well, 1 failed on the way (or --check found something missing), 2 refused before any work."""
-    transport = connect()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return run(connect(asked_timeout()))
+    except (PeerLost, KeyboardInterrupt) as error:
+        if isinstance(error, PeerLost) or place()[0] == 0:
+            tqdm.write(f"train_free_sample.py: {error or 'interrupted'}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # at once: torch.distributed would wait for the others
+
+
+def run(transport: Transport) -> int:
+    """The whole of a rank's work; exit status as for `main`."""
     try:
         prepared, problem = prepare(transport), None
     except (UsageError, WeightsError) as error:
@@ -265,11 +310,19 @@ def main() -> int:
             tell(args, checkpoint, request)
     else:
         args, checkpoint, request, device = prepared
+        if differs := disagreement(transport, args, checkpoint, request):
+            if transport.rank == 0:
+                print(f"train_free_sample.py: {differs}", file=sys.stderr, flush=True)
+            transport.gather("done")
+            disconnect()
+            return 2
         request = replace(request, seed=transport.gather(request.seed)[0])
         try:
             sample(transport, args, checkpoint, request, device)
         except (UsageError, WeightsError) as error:  # found on the way, such as a full disk
-            print(f"train_free_sample.py: rank {transport.rank}: {error}", file=sys.stderr)
+            print(f"train_free_sample.py: rank {transport.rank}: {error}", file=sys.stderr, flush=True)
+            if transport.world > 1:
+                os._exit(1)  # at once: the others see it and end too
             return 1
         status = 0
     transport.gather("done")  # nobody leaves before rank 0 has spoken

@@ -157,7 +157,7 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
     history: list[float | None] = []  # discrepancies; those that decide are the same bits on every rank
     clock = Clock(task.noise.device)
     for i in range(settings.steps):
-        start = time.perf_counter()
+        start, transport.step = time.perf_counter(), i
         plan = strategy.plan(i, history, settings)
         lists = [(rank, plan.operations[rank % strategy.ranks]) for rank in here]
         for rank, operation in interleave(lists, lambda receive, rank: transport.arrived(receive.source, rank)):

@@ -3,14 +3,16 @@
 `Mailbox` plays all ranks in one process; `Ranks` is the real thing under torchrun. Both count the bytes that they carry, by kind.
 Each direction between two ranks is a lane, a process group of its own, so that a send may be posted early and never waits
 behind a receive: with NCCL, messages of one lane run in order on a stream of their own. Set HYBRIDIFF_TRACE=1 to see every
-message.
+message; each then carries a label with its step, name, shapes and dtypes, which is compared on arrival.
 """
 
 import os
 import sys
+import threading
 from collections import Counter, deque
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch import Tensor
 from hybridiff.schedule import Value
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
+LABEL = 512  # bytes of a label
 Shapes = Sequence[tuple[torch.Size, torch.dtype]]
 
 
@@ -28,10 +31,21 @@ def trace(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+class PeerLost(Exception):
+    """Another rank has ended, or was silent for longer than the timeout. The message names it, the step and what was awaited."""
+
+
+def label(step: int, value: Value, shapes: Shapes) -> Tensor:
+    """What a message must be, as bytes: uint8 [LABEL]."""
+    text = f"step {step}: {value} {[(tuple(shape), str(dtype)) for shape, dtype in shapes]}"
+    return torch.frombuffer(bytearray(text.encode().ljust(LABEL)), dtype=torch.uint8)
+
+
 class Transport:
-    """What both transports share: who is here, and the count of bytes."""
+    """What both transports share: who is here, the step that the loop is in, and the count of bytes."""
 
     rank, world = 0, 1
+    step = -1  # before the first
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()  # bytes by kind of value, sent by the ranks of this process
@@ -82,8 +96,32 @@ class Ranks(Transport):
     def __init__(self, rank: int, world: int, timeout: timedelta):
         super().__init__()
         self.rank, self.world, self.timeout = rank, world, timeout
-        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)  # for words between the ranks
+        with self.waiting("all ranks to start"):
+            dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)  # for words between the ranks
         self.under_way: deque[tuple[dist.Work, Tensor]] = deque()  # sends keep their tensors alive until they are done
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """PeerLost, in words, where torch.distributed gives up; where it does not, this process ends a little later."""
+        late = threading.Timer(self.timeout.total_seconds() + 3, self.end, [what])
+        late.daemon = True
+        late.start()
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # gloo's and NCCL's errors are RuntimeErrors
+            where = f" in step {self.step}" if self.step >= 0 else ""
+            silent = "imed out" in str(error) or "imeout" in str(error)
+            seconds = f"{self.timeout.total_seconds():g}"
+            why = f"nothing came for {seconds} seconds (--timeout)" if silent else "the other side has ended"
+            raise PeerLost(f"rank {self.rank} waited for {what}{where}, but {why}.") from error
+        finally:
+            late.cancel()
+
+    def end(self, what: str) -> None:
+        """The last resort, in a thread of its own: some waits of torch.distributed know no timeout, such as for a stopped rank 0 at the start."""
+        print(f"\nrank {self.rank} waited for {what}, but nothing came for {self.timeout.total_seconds():g} seconds (--timeout).", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
 
     def open_lanes(self, device: torch.device) -> None:
         """Make the lanes for values that lie on `device`; every rank must call it."""
@@ -93,7 +131,8 @@ class Ranks(Transport):
         self.device = device
         self.wire = device if self.backend == "nccl" else torch.device("cpu")  # where values lie while they travel
         pairs = [(a, b) for a in range(self.world) for b in range(self.world) if a != b]
-        self.lanes = {pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend) for pair in pairs}
+        with self.waiting("the other ranks to connect"):
+            self.lanes = {pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend) for pair in pairs}
 
     def arrived(self, sender: int, to: int) -> bool:
         """Always: `receive` waits by itself."""
@@ -104,22 +143,34 @@ class Ranks(Transport):
         self.count(value, tensors, sender, to)
         while self.under_way and self.under_way[0][0].is_completed():
             self.under_way.popleft()
+        if TRACE:
+            tensors = [label(self.step, value, [(tensor.shape, tensor.dtype) for tensor in tensors]), *tensors]
         for tensor in tensors:
             tensor = tensor.to(self.wire).contiguous()
-            self.under_way.append((dist.isend(tensor, to, group=self.lanes[sender, to]), tensor))
+            with self.waiting(f"rank {to} to take {value}"):
+                self.under_way.append((dist.isend(tensor, to, group=self.lanes[sender, to]), tensor))
 
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
-        """Wait for tensors of these (shape, dtype) from rank `sender`."""
+        """Wait for tensors of these (shape, dtype) from rank `sender`. PeerLost if it has ended or is silent for too long."""
+        if TRACE:
+            told, expected = torch.empty(LABEL, dtype=torch.uint8, device=self.wire), label(self.step, value, shapes)
+            with self.waiting(f"{value} from rank {sender}"):
+                dist.recv(told, sender, group=self.lanes[sender, to])
+            if not torch.equal(told.cpu(), expected):
+                said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
+                raise PeerLost(f"rank {to} expected '{meant}' from rank {sender}, which sent '{said}'.")
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
-            dist.recv(tensor, sender, group=self.lanes[sender, to])
+            with self.waiting(f"{value} from rank {sender}"):
+                dist.recv(tensor, sender, group=self.lanes[sender, to])
         trace(f"rank {to} <- rank {sender}: {value}")
         return tuple(tensor.to(self.device) for tensor in tensors)
 
     def finish(self) -> Counter[str]:
         """Wait for the sends of this rank; bytes by kind over all ranks."""
         while self.under_way:
-            self.under_way.popleft()[0].wait()
+            with self.waiting("its messages to be taken"):
+                self.under_way.popleft()[0].wait()
         total: Counter[str] = Counter()
         for count in self.gather(dict(self.sent)):
             total.update(count)
@@ -128,7 +179,8 @@ class Ranks(Transport):
     def gather(self, word: object) -> list:
         """Every rank's small object, on every rank."""
         words: list = [None] * self.world
-        dist.all_gather_object(words, word)
+        with self.waiting("a word from every rank"):
+            dist.all_gather_object(words, word)
         return words
 
 
@@ -138,7 +190,7 @@ def place() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
-def connect(timeout: timedelta = timedelta(minutes=5)) -> Transport:
+def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:
     """The transport of this process: `Ranks` under torchrun with two ranks or more, else `Mailbox`."""
     rank, world, _ = place()
     return Ranks(rank, world, timeout) if world > 1 else Mailbox()
