@@ -24,10 +24,11 @@ from tqdm import tqdm
 import hybridiff
 from hybridiff.denoise import StepRecord
 from hybridiff.errors import UsageError
+from hybridiff.latents import read_latents, rescue, save_latents
 from hybridiff.page import make_page, psnr, save_page
-from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, generate, meta_task, plan_request
+from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, decode, generate, meta_task, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
-from hybridiff.report import check_writable, make_report, save_picture, save_report, settings_of
+from hybridiff.report import check_writable, free_name, make_report, save_picture, save_report, settings_of
 from hybridiff.samplers import SAMPLERS
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
@@ -79,7 +80,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
     add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank")
-    add("--out", type=Path, default=Path("picture.png"), help="where the PNG goes")
+    add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number)")
+    add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
+    add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
+    add("--decode", type=Path, metavar="FILE", help="only make the picture of kept latents")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
     add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
     return parser.parse_args()
@@ -155,19 +159,21 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         checkpoint.leave_out("t5")
     if args.check:
         return args, checkpoint, None, device
-    if lacking := needs(checkpoint):
+    if lacking := needs(checkpoint) if not args.decode else []:
         raise UsageError(" ".join(lacking))
     request = make_request(args, checkpoint, device)
     plan_request(checkpoint, request, transport.world)
     if transport.rank == 0 and not args.explain:
-        check_writable(args.out)
+        args.out = args.out or free_name(Path("picture.png"))
+        for path in filter(None, (args.out, args.save_latents)):
+            check_writable(path, args.overwrite)
         if args.report:
             try:
                 args.report.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(f"--report {args.report} cannot be made ({error.strerror}).") from None
             for name in ("report.json", "report.html"):
-                check_writable(args.report / name)
+                check_writable(args.report / name, args.overwrite)
     return args, checkpoint, request, device
 
 
@@ -215,8 +221,14 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     bar.close()
     serial = make_serial(transport, checkpoint, request, device) if args.compare_serial else None
     if speaks:
-        report = make_report(request, result, args.weights, transport.world)
-        save_picture(result.image, args.out, request.seed, settings_of(request, args.weights, transport.world))
+        report, latents = make_report(request, result, args.weights, transport.world), result.records[-1].latents
+        told = request.seed, settings_of(request, args.weights, transport.world)
+        try:
+            if args.save_latents:
+                save_latents(latents, args.save_latents, *told)
+            save_picture(result.image, args.out, *told)
+        except UsageError as error:
+            raise UsageError(f"{error} {rescue(latents, *told)}") from None
         if args.report:
             if serial:
                 distance = psnr(result.image, serial.image)
@@ -248,8 +260,12 @@ def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, 
 
 
 def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | None) -> None:
-    """What --check and --explain print."""
-    if request is None:
+    """What --check and --explain print, what --decode makes: rank 0 alone does it."""
+    if args.decode:
+        latents, seed, settings = read_latents(args.decode, checkpoint.config("vae").latent_channels)
+        save_picture(decode(checkpoint, latents, choose_device(args.device), args.tiles), args.out, seed, settings)
+        print(f"picture: {args.out}")
+    elif request is None:
         print(describe(checkpoint, t5=not args.no_t5))
     else:
         strategy, _ = plan_request(checkpoint, request, world=1)
@@ -258,7 +274,7 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
 
 def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
     """A sentence on the first thing in which a rank differs from rank 0 though all must agree; None where nothing does."""
-    each_its_own = ("weights", "text_encoders", "t5_tokenizer", "out", "report", "device", "threads", "timeout", "dtype")
+    each_its_own = ("weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype")
     facts = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
     facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the weights": checkpoint.digest()}
     facts |= {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
@@ -303,11 +319,16 @@ def run(transport: Transport) -> int:
         status = 2
         if transport.rank == 0:
             print(f"train_free_sample.py: {problem}", file=sys.stderr, flush=True)
-    elif prepared[0].check or prepared[0].explain:
+    elif prepared[0].check or prepared[0].explain or prepared[0].decode:
         args, checkpoint, request, _ = prepared
         status = 1 if args.check and needs(checkpoint) else 0
         if transport.rank == 0:
-            tell(args, checkpoint, request)
+            try:
+                tell(args, checkpoint, request)
+            except (UsageError, WeightsError) as error:
+                print(f"train_free_sample.py: {error}", file=sys.stderr, flush=True)
+                status = 2
+        status = transport.gather(status)[0]
     else:
         args, checkpoint, request, device = prepared
         if differs := disagreement(transport, args, checkpoint, request):

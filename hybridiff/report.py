@@ -1,5 +1,6 @@
 """What happened: the report as a table for JSON, and the picture with its settings inside."""
 
+import itertools
 import json
 import os
 import platform
@@ -56,10 +57,18 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
     }
 
 
-def check_writable(path: Path) -> None:
+def free_name(path: Path) -> Path:
+    """The path itself, or the first of name-2, name-3, ... that is not there yet."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
+
+
+def check_writable(path: Path, overwrite: bool) -> None:
     """UsageError unless a file can be made at this path (tried beside it, nothing is left behind)."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory: give the name of a file.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already: give --overwrite, or another name.")
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         probe.touch(exist_ok=False)

@@ -150,3 +150,50 @@ def test_without_guidance_one_branch_is_run(tmp_path, monkeypatch, capsys):
     assert "nothing to split" in capsys.readouterr().out
     assert torchrun(*options, str(tmp_path / "two.png")).returncode == 0
     assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "two.png").tobytes()
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, monkeypatch, capsys):
+    """An existing file stays as it is; without --out the next free name is taken; --overwrite replaces."""
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps", "1", "--seed", "1"]
+    assert [call(monkeypatch, *few) for _ in range(2)] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture-2.png", "picture.png"]
+    (tmp_path / "picture.png").write_bytes(b"mine")
+    assert call(monkeypatch, *few, "--out", "picture.png") == 2 and (tmp_path / "picture.png").read_bytes() == b"mine"
+    assert "--overwrite" in capsys.readouterr().err
+    assert call(monkeypatch, *few, "--out", "picture.png", "--overwrite") == 0
+    assert Image.open("picture.png").tobytes() == Image.open("picture-2.png").tobytes()
+
+
+@pytest.mark.parametrize("family", ["demo-sdxl", "demo-sd3"])
+def test_kept_latents_make_the_same_picture(family, tmp_path, monkeypatch, capsys):
+    """`equal` pixels and metadata; other files and the other family's latents are refused."""
+    options = ["--weights", family, "--out", str(tmp_path / "a.png"), "--save-latents", str(tmp_path / "l.safetensors")]
+    assert call(monkeypatch, *options, "--steps", "2", "--seed", "5") == 0
+    assert call(monkeypatch, "--weights", family, "--decode", str(tmp_path / "l.safetensors"), "--out", str(tmp_path / "b.png")) == 0
+    a, b = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert a.tobytes() == b.tobytes() and a.text == b.text
+    other = {"demo-sdxl": "demo-sd3", "demo-sd3": "demo-sdxl"}[family]
+    capsys.readouterr()
+    for weights, file in ((other, tmp_path / "l.safetensors"), (family, tmp_path / "a.png"), (family, tmp_path / "none")):
+        assert call(monkeypatch, "--weights", weights, "--decode", str(file), "--out", str(tmp_path / "c.png")) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "c.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_leaves_its_latents(tmp_path, monkeypatch, capsys):
+    """The folder vanishes while the picture is made."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = train_free_sample.generate
+
+    def generate(*args, **kwargs):
+        gone.rmdir()
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(train_free_sample, "generate", generate)
+    assert call(monkeypatch, "--steps", "1", "--seed", "7", "--out", str(gone / "a.png")) == 1
+    (kept,) = tmp_path.glob("hybridiff-7-*.safetensors")
+    assert str(kept) in capsys.readouterr().err
+    monkeypatch.setattr(train_free_sample, "generate", made)
+    assert call(monkeypatch, "--decode", str(kept), "--out", str(tmp_path / "a.png")) == 0
