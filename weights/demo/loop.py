@@ -52,6 +52,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
+def half_precision(device: torch.device) -> AbstractContextManager:
+    """bf16 matrix products where the device has instructions for them; a CPU without computes them a hundred times slower than fp32's."""
+    slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=not slow)
+
+
 def attention(device: torch.device) -> AbstractContextManager:
     """The attention kernel to train with: the backward of the CPU's fused one is slow for so few tokens."""
     return sdpa_kernel(SDPBackend.MATH if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -20,7 +20,7 @@ from weights.demo import tokenizers
 from weights.demo.checker import compare, shares
 from weights.demo.denoisers import FAMILIES, cells
 from weights.demo.export import export
-from weights.demo.loop import Plan, Run, attention
+from weights.demo.loop import Plan, Run, attention, half_precision
 from weights.demo.scenes import sample
 from weights.demo.text_encoders import TextEncoders, said, tokens, train_text_encoders
 from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
@@ -46,7 +46,7 @@ def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: 
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
         chosen = torch.randint(len(latents), (run.plan.batch,), generator=generator)
-        with torch.autocast(device.type, torch.bfloat16), attention(device):
+        with half_precision(device), attention(device):
             return model.loss(predict, latents[chosen].float().to(device), ids[chosen].to(device),
                               scenes[chosen].to(device), empty, generator)
 

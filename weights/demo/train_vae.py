@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
-from weights.demo.loop import Plan, Run, read_safetensors, write_safetensors
+from weights.demo.loop import Plan, Run, half_precision, read_safetensors, write_safetensors
 from weights.demo.scenes import render, sample
 
 SIDE = 128
@@ -90,7 +90,7 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
         images = picture_batch(generator, plan.batch // 2 if whole else plan.batch, SIDE if whole else CROP)
         latent_side = images.shape[-1] // 8
         noise = torch.randn(len(images), model.config.latent_channels, latent_side, latent_side, generator=generator)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             return autoencoder_loss(model, images.to(device), noise.to(device), KL[family])
 
     def show() -> None:
