@@ -12,15 +12,17 @@ from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import UsageError, require_finite
 from hybridiff.samplers import Sampler, make_sampler
+from hybridiff.schedule import Run
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
 from hybridiff.tiles import decode_tiled
+from hybridiff.timeline import plan_all
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
 from weights.files import FP8
-from weights.load import Checkpoint
+from weights.load import Checkpoint, WeightsError
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
@@ -70,15 +72,15 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
             raise UsageError(f"--{name} {side} is beyond this network's positions: give at most {largest * factor}.")
 
 
-def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[Strategy, Sampler]:
-    """The strategy and the sampler of a request; UsageError in whatever cannot be done. Reads no tensors."""
+def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) -> tuple[Strategy, Sampler]:
+    """The strategy and the sampler of a request for `world` ranks; UsageError in whatever cannot be done. Reads no tensors."""
     known = strategies(checkpoint.family)
     if request.strategy not in known:
         raise UsageError(f"--strategy {request.strategy} is unknown: choose one of {', '.join(known)}.")
     strategy = known[request.strategy]
     if request.strategy == "one-branch" and request.guidance > 1:
         raise UsageError(f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}.")
-    if world not in (1, strategy.ranks) and request.strategy != "one-branch":
+    if world not in (None, 1, strategy.ranks) and request.strategy != "one-branch":
         counts = "1 process" if strategy.ranks == 1 else f"1 process or {strategy.ranks} ranks"
         raise UsageError(f"--strategy {request.strategy} runs on {counts}, not on {world}: set --nproc_per_node so.")
     rule = request.rule
@@ -132,6 +134,21 @@ def decode(checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles:
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
 
 
+def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> list[str]:
+    """The texts ("cond", "uncond") under which the ranks of this process run parts of the network: each rank encodes only its own."""
+    here = range(strategy.ranks) if transport.world == 1 else [transport.rank % strategy.ranks]
+    runs = [op for plan in plan_all(strategy, settings) for rank in here for op in plan.operations[rank] if isinstance(op, Run)]
+    run_under = {run.text for run in runs}
+    return [text for text in ("cond", "uncond") if text in run_under or "both" in run_under]
+
+
+def agree(transport: Transport, problem: str | None) -> None:
+    """UsageError on every rank of the team if one of them has a problem."""
+    for told in transport.gather(problem):
+        if told is not None:
+            raise UsageError(told)
+
+
 def generate(
     checkpoint: Checkpoint,
     request: Request,
@@ -150,16 +167,20 @@ def generate(
 
     now = time.perf_counter()
     size = (request.height, request.width)
-    conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5)
-    now = clock("text", now)
-    denoiser = checkpoint.load("denoiser", request.dtype, device)
-    now = clock("load", now)
+    settings = Settings(request.steps, request.rule, request.reuse)
+    texts, problem = texts_of(strategy, settings, transport), None
+    try:
+        conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
+        now = clock("text", now)
+        denoiser = checkpoint.load("denoiser", request.dtype, device)
+        now = clock("load", now)
+    except (UsageError, WeightsError) as error:
+        problem = str(error)
+    agree(transport, problem)  # the ranks begin together, so that their clocks agree
 
     vae = checkpoint.config("vae")
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
     task = Task(denoiser, strategy.cut(denoiser), sampler, conditioning, request.guidance, noise)
-    settings = Settings(request.steps, request.rule, request.reuse)
-    transport.gather("ready")  # the ranks begin together, so that their clocks agree
     records = []
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
