@@ -416,6 +416,7 @@ def asked_timeout() -> timedelta:
 def main() -> int:
     """Exit status: 0 well, 1 failed on the way (or --check found something missing), 2 refused before any work."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a prompt's letters
     try:
         return run(connect(asked_timeout()))
     except (PeerLost, KeyboardInterrupt) as error:
