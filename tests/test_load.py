@@ -3,6 +3,7 @@
 Comparisons of tensors are `equal` throughout; bad files end in a WeightsError of one sentence.
 """
 
+import io
 import shutil
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from official import tensors, write_sparse
@@ -294,8 +296,11 @@ def test_t5_vocabulary_by_option_from_the_cache_or_a_sentence(tmp_path: Path, mo
     snapshot.mkdir(parents=True)
     shutil.copy(tmp_path / "elsewhere", snapshot / "spiece.model")
     assert needs(open_checkpoint(str(path))) == []
-    (tmp_path / "spiece.model").write_text("<html>")
-    assert "cannot be read" in needs(open_checkpoint(str(path)))[0]
+    model = io.BytesIO()  # another family's order of the first pieces, such as Llama's
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a red circle"] * 9), model_writer=model, vocab_size=12, minloglevel=2)
+    for content in (b"<html>", b"", model.getvalue()):
+        (tmp_path / "spiece.model").write_bytes(content)
+        assert "cannot be read" in needs(open_checkpoint(str(path)))[0]
 
 
 def test_choice_of_files_on_the_hub():
