@@ -148,10 +148,10 @@ def generate(
         seconds[phase] = seconds.get(phase, 0.0) + now - start
         return now
 
-    now = time.perf_counter()
+    now, transport.doing = time.perf_counter(), "text"
     size = (request.height, request.width)
     conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5)
-    now = clock("text", now)
+    now, transport.doing = clock("text", now), "load"
     denoiser = checkpoint.load("denoiser", request.dtype, device)
     now = clock("load", now)
 
@@ -172,7 +172,7 @@ def generate(
         where = f"denoiser, step {record.step} ({record.stage})"
         require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
 
-    now = time.perf_counter()
+    now, transport.doing, transport.step = time.perf_counter(), "decode", -1
     image = decode(checkpoint, records[-1].latents, device, request.tiles) if transport.rank == 0 else None
     clock("decode", now)
     return Result(image, records, seconds, dict(bytes_sent), bars)
