@@ -28,6 +28,7 @@ from hybridiff.denoise import StepRecord
 from hybridiff.ending import end_on_interrupt, in_a_sentence, prepare_streams, say, shown
 from hybridiff.errors import UsageError
 from hybridiff.latents import read_latents, save_both
+from hybridiff.memory import refuse_too_large
 from hybridiff.page import make_page, psnr, save_page
 from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, decode, generate, meta_task, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
@@ -166,6 +167,8 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         raise UsageError(" ".join(lacking))
     request = make_request(args, checkpoint, device)
     plan_request(checkpoint, request, transport.world)
+    if not args.explain and not args.decode:
+        refuse_too_large(checkpoint, request, device, transport.world)
     if transport.rank == 0 and not args.explain:
         args.out = args.out or free_name(Path("picture.png"))
         for path in filter(None, (args.out, args.save_latents)):

@@ -11,11 +11,12 @@ from torch import Tensor
 from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import UsageError, require_finite
+from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
-from hybridiff.tiles import decode_tiled
+from hybridiff.tiles import LARGE, decode_tiled
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
@@ -24,7 +25,7 @@ from weights.load import Checkpoint
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
-LARGE = 2**20  # pixels beyond which `tiles` decodes in tiles
+LARGEST = 2**16  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Result:
     seconds: dict[str, float]  # by phase
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
+    memory: list[dict]  # of every rank, see memory.MemoryWatch.close
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
@@ -68,6 +70,8 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
             raise UsageError(f"--{name} {side} does not fit this network: give a positive multiple of {multiple}.")
         if largest is not None and side > largest * factor:
             raise UsageError(f"--{name} {side} is beyond this network's positions: give at most {largest * factor}.")
+        if side > LARGEST:
+            raise UsageError(f"--{name} {side} is too large: give at most {LARGEST}.")
 
 
 def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[Strategy, Sampler]:
@@ -142,10 +146,12 @@ def generate(
     """Make one picture. Every rank calls it with the same request; rank 0 alone decodes."""
     strategy, sampler = plan_request(checkpoint, request, transport.world)
     seconds: dict[str, float] = {}
+    memory = MemoryWatch(device)
 
     def clock(phase: str, start: float) -> float:
         now = time.perf_counter()
         seconds[phase] = seconds.get(phase, 0.0) + now - start
+        memory.note(phase)
         return now
 
     now, transport.doing = time.perf_counter(), "text"
@@ -164,6 +170,7 @@ def generate(
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
         seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
+        memory.note(record.stage)
         on_step(record)
     bytes_sent = transport.finish()
     bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
@@ -175,4 +182,4 @@ def generate(
     now, transport.doing, transport.step = time.perf_counter(), "decode", -1
     image = decode(checkpoint, records[-1].latents, device, request.tiles) if transport.rank == 0 else None
     clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent), bars)
+    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.close()))

@@ -190,20 +190,22 @@ class Ranks(Transport):
     def gather(self, word: object) -> list:
         """Every rank's small object, on every rank."""
         told = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8)
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        words: list = [word] * self.world
-        with self.waiting("its word to be taken"):
-            sends = [dist.isend(tensor, to) for to in others for tensor in (torch.tensor([len(told)]), told)]
-        for rank in others:  # one by one, so that it is known whose word does not come
+        words, sends = [word] * self.world, []
+        others = [rank for rank in range(self.world) if rank != self.rank]  # one by one, so that it is known whose word does not come
+        for rank in others:
+            with self.waiting(f"rank {rank} to take a word"):
+                sends.append([dist.isend(tensor, rank) for tensor in (torch.tensor([len(told)]), told)])
+        for rank in others:
             size = torch.zeros(1, dtype=torch.int64)
             with self.waiting(f"a word from rank {rank}"):
                 dist.recv(size, rank)
                 theirs = torch.empty(int(size), dtype=torch.uint8)
                 dist.recv(theirs, rank)
             words[rank] = pickle.loads(theirs.numpy().tobytes())
-        with self.waiting("its word to be taken"):
-            for send in sends:
-                send.wait()
+        for rank, works in zip(others, sends):
+            with self.waiting(f"rank {rank} to take a word"):
+                for work in works:
+                    work.wait()
         return words
 
 
