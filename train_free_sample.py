@@ -12,12 +12,14 @@ import secrets
 import signal
 import sys
 import time
+import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends without a traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    WORD = b"train_free_sample.py: interrupted\n" if os.environ.get("RANK", "0") == "0" else b""
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, WORD), os._exit(1)))
 
 import torch
 from tqdm import tqdm
@@ -25,8 +27,9 @@ from tqdm import tqdm
 import hybridiff
 from hybridiff.batch import Job, Manifest, Progress, begin, line_of, make_jobs, read_prompts, take_turns
 from hybridiff.denoise import StepRecord
-from hybridiff.errors import UsageError
-from hybridiff.latents import read_latents, rescue, save_latents
+from hybridiff.ending import end_on_interrupt, in_a_sentence, prepare_streams, say, shown
+from hybridiff.errors import SharedError, UsageError
+from hybridiff.latents import read_latents, save_both
 from hybridiff.page import make_page, psnr, save_page
 from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, decode, generate, meta_task, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
@@ -308,9 +311,9 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     speaks = transport.rank == 0
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
-        print(f'{checkpoint.family} from {args.weights}, {numbers(request)} on {ranks}, {device.type}: "{request.prompt}"')
+        say(f'{checkpoint.family} from {shown(args.weights)}, {numbers(request)} on {ranks}, {device.type}: "{shown(request.prompt)}"')
         for remark in checkpoint.remarks:
-            print(remark)
+            say(remark)
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
     seen: list[StepRecord] = []
 
@@ -320,7 +323,7 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
             if request.strategy == "paper":
                 switch = find_switch([earlier.discrepancy for earlier in seen], request.rule)
                 why = f" (tau1 = {switch.tau1} by {switch.reason}, tau2 = {switch.tau2})"
-            tqdm.write(f"step {record.step}: {seen[-1].stage} -> {record.stage}{why}")
+            say(f"step {record.step}: {seen[-1].stage} -> {record.stage}{why}")
         seen.append(record)
         bar.set_description(record.stage, refresh=False)
         bar.update()
@@ -328,15 +331,11 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     result = generate(checkpoint, request, transport, device, on_step)
     bar.close()
     serial = make_serial(transport, checkpoint, request, device) if args.compare_serial else None
+    transport.doing = "save"
     if speaks:
         report, latents = make_report(request, result, args.weights, transport.world), result.records[-1].latents
         told = request.seed, settings_of(request, args.weights, transport.world)
-        try:
-            if args.save_latents:
-                save_latents(latents, args.save_latents, *told)
-            save_picture(result.image, args.out, *told)
-        except UsageError as error:
-            raise UsageError(f"{error} {rescue(latents, *told)}") from None
+        save_both(result.image, latents, args.out, args.save_latents, *told)
         if args.report:
             if serial:
                 distance = psnr(result.image, serial.image)
@@ -345,11 +344,11 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
             save_report(report, args.report)
             save_page(make_page(report, request, result, serial.image if serial else None), args.report)
         if request.strategy == "paper" and report["tau1"] is None:
-            print("the switch never came: every step was condition partitioning")
-        print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
-        print(f"bytes sent: {report['bytes_sent']['total']}")
-        print(f"seed: {request.seed}")
-        print(f"picture: {args.out}")
+            say("the switch never came: every step was condition partitioning")
+        say("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
+        say(f"bytes sent: {report['bytes_sent']['total']}")
+        say(f"seed: {request.seed}")
+        say(f"picture: {args.out}")
 
 
 def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, device: torch.device) -> Result | None:
@@ -372,12 +371,12 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
     if args.decode:
         latents, seed, settings = read_latents(args.decode, checkpoint.config("vae").latent_channels)
         save_picture(decode(checkpoint, latents, choose_device(args.device), args.tiles), args.out, seed, settings)
-        print(f"picture: {args.out}")
+        say(f"picture: {args.out}")
     elif request is None:
-        print(describe(checkpoint, t5=not args.no_t5))
+        say(describe(checkpoint, t5=not args.no_t5))
     else:
         strategy, _ = plan_request(checkpoint, request, world=1)
-        print(explain(request.strategy, strategy, Settings(request.steps, request.rule, request.reuse), meta_task(checkpoint, request)))
+        say(explain(request.strategy, strategy, Settings(request.steps, request.rule, request.reuse), meta_task(checkpoint, request)))
 
 
 def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
@@ -406,14 +405,25 @@ def asked_timeout() -> timedelta:
 
 def main() -> int:
     """Exit status: 0 well, 1 failed on the way (or --check found something missing), 2 refused before any work."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    transport = Transport()  # until the ranks have met
     try:
-        return run(connect(asked_timeout()))
-    except (PeerLost, KeyboardInterrupt) as error:
-        if isinstance(error, PeerLost) or place()[0] == 0:
-            tqdm.write(f"train_free_sample.py: {error or 'interrupted'}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)  # at once: torch.distributed would wait for the others
+        transport = connect(asked_timeout())
+        return run(transport)
+    except UsageError as error:  # ranks that cannot meet
+        say(str(error), error=True)
+        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        if TRACE:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            words = "interrupted" if place()[0] == 0 else None
+        else:
+            words = str(error) if isinstance(error, PeerLost) else in_a_sentence(error, place()[0], transport.step, transport.doing)
+        if words:
+            say(words, error=True)
+        if transport.world > 1:
+            os._exit(1)  # at once: torch.distributed would wait for the others
+        return 1
 
 
 def run(transport: Transport) -> int:
@@ -426,7 +436,7 @@ def run(transport: Transport) -> int:
     if problem is not None:
         status = 2
         if transport.rank == 0:
-            print(f"train_free_sample.py: {problem}", file=sys.stderr, flush=True)
+            say(problem, error=True)
     elif prepared[0].check or prepared[0].explain or prepared[0].decode:
         args, checkpoint, request, _ = prepared
         status = 1 if args.check and needs(checkpoint) else 0
@@ -434,14 +444,14 @@ def run(transport: Transport) -> int:
             try:
                 tell(args, checkpoint, request)
             except (UsageError, WeightsError) as error:
-                print(f"train_free_sample.py: {error}", file=sys.stderr, flush=True)
+                say(str(error), error=True)
                 status = 2
         status = transport.gather(status)[0]
     else:
         args, checkpoint, request, device = prepared
         if differs := disagreement(transport, args, checkpoint, request):
             if transport.rank == 0:
-                print(f"train_free_sample.py: {differs}", file=sys.stderr, flush=True)
+                say(differs, error=True)
             transport.gather("done")
             disconnect()
             return 2
@@ -456,7 +466,8 @@ def run(transport: Transport) -> int:
                     sample(transport, args, checkpoint, request, device)
                 transport.until_all_come()
         except (UsageError, WeightsError) as error:  # found on the way, such as a full disk
-            print(f"train_free_sample.py: rank {transport.rank}: {error}", file=sys.stderr, flush=True)
+            if transport.rank == 0 or not isinstance(error, SharedError):
+                say(str(error) if isinstance(error, SharedError) else f"rank {transport.rank}: {error}", error=True)
             if transport.world > 1:
                 os._exit(1)  # at once: the others see it and end too
             return 1
@@ -466,4 +477,6 @@ def run(transport: Transport) -> int:
 
 
 if __name__ == "__main__":
+    prepare_streams()
+    end_on_interrupt(speaks=os.environ.get("RANK", "0") == "0")
     sys.exit(main())

@@ -161,7 +161,7 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
         plan = strategy.plan(i, history, settings)
         lists = [(rank, plan.operations[rank % strategy.ranks]) for rank in here]
         for rank, operation in interleave(lists, lambda receive, rank: transport.arrived(receive.source, rank)):
-            begun = clock.mark()
+            begun, transport.doing = clock.mark(), operation
             workers[rank].perform(operation, i)
             clock.note(rank, i, operation, begun)
         first = workers[here[0]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
-from hybridiff.errors import UsageError, require_finite
+from hybridiff.errors import SharedError, UsageError, require_finite
 from hybridiff.samplers import Sampler, make_sampler
 from hybridiff.schedule import Run
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
@@ -27,6 +27,8 @@ from weights.load import Checkpoint, WeightsError
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
 LARGE = 2**20  # pixels beyond which `tiles` decodes in tiles
+WORTH_SPLITTING = 2**18  # pixels from which the ranks decode together
+OVERLAP = 18  # latents that neighbouring tiles share
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Request:
 class Result:
     """The image and what happened on the way."""
 
-    image: Tensor | None  # (height, width, 3) uint8 on the CPU; None on ranks other than 0
+    image: Tensor | None  # (height, width, 3) uint8 on the CPU; may be None on ranks other than 0
     records: list[StepRecord]
     seconds: dict[str, float]  # by phase
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
@@ -124,12 +126,22 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
 
 
 @torch.inference_mode()
-def decode(checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False) -> Tensor:
-    """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16."""
+def decode(
+    checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False, transport: Transport | None = None
+) -> Tensor:
+    """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16.
+
+    With `tiles`, large pictures go through the decoder in pieces. With a `transport`, every rank of the team decodes some rows.
+    """
     vae = checkpoint.load("vae", torch.float32, device, decoder_only=True)
     raw = vae.unscale(latents.float())
-    large = raw.shape[2] * raw.shape[3] * vae.config.factor**2 > LARGE
-    image = (decode_tiled(vae, raw) if tiles and large else vae.decode(raw))[0]
+    height, width = raw.shape[2:]
+    tile = (96, 96) if tiles and height * width * vae.config.factor**2 > LARGE else (height, width)
+    if transport:
+        rows = min(tile[0], -(-height // transport.world) + OVERLAP)
+        image = decode_tiled(vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather)[0]
+    else:
+        image = (vae.decode(raw) if tile == (height, width) else decode_tiled(vae, raw, tile, OVERLAP))[0]
     require_finite(image, "decoder", "image", "the latents are finite, so try a file with another autoencoder")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
 
@@ -143,10 +155,10 @@ def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> li
 
 
 def agree(transport: Transport, problem: str | None) -> None:
-    """UsageError on every rank of the team if one of them has a problem."""
+    """SharedError on every rank of the team if one of them has a problem."""
     for told in transport.gather(problem):
         if told is not None:
-            raise UsageError(told)
+            raise SharedError(told)
 
 
 def generate(
@@ -156,7 +168,10 @@ def generate(
     device: torch.device,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> Result:
-    """Make one picture. Every rank calls it with the same request; rank 0 alone decodes."""
+    """Make one picture. Every rank of the team calls it with the same request; rank 0 has the image in the end.
+
+    It decodes alone where the picture is small or must be exact, else the ranks share the rows.
+    """
     strategy, sampler = plan_request(checkpoint, request, transport.world)
     seconds: dict[str, float] = {}
 
@@ -165,13 +180,13 @@ def generate(
         seconds[phase] = seconds.get(phase, 0.0) + now - start
         return now
 
-    now = time.perf_counter()
+    now, transport.doing = time.perf_counter(), "text"
     size = (request.height, request.width)
     settings = Settings(request.steps, request.rule, request.reuse)
     texts, problem = texts_of(strategy, settings, transport), None
     try:
         conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
-        now = clock("text", now)
+        now, transport.doing = clock("text", now), "load"
         denoiser = checkpoint.load("denoiser", request.dtype, device)
         now = clock("load", now)
     except (UsageError, WeightsError) as error:
@@ -189,11 +204,19 @@ def generate(
     bytes_sent = transport.finish()
     bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
     del task, denoiser
-    for record in records:
-        where = f"denoiser, step {record.step} ({record.stage})"
-        require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
+    problem = None
+    try:
+        for record in records:
+            where = f"denoiser, step {record.step} ({record.stage})"
+            require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
+    except UsageError as error:
+        problem = str(error)
+    agree(transport, problem)
 
-    now = time.perf_counter()
-    image = decode(checkpoint, records[-1].latents, device, request.tiles) if transport.rank == 0 else None
+    now, transport.doing, transport.step = time.perf_counter(), "decode", -1
+    exact = request.strategy in ("serial", "batched", "condition", "one-branch")  # the picture of one device: decoded as there
+    split = transport.world > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+    here = split or transport.rank == 0
+    image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
     clock("decode", now)
     return Result(image, records, seconds, dict(bytes_sent), bars)

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import Callable
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -77,15 +78,27 @@ def check_writable(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
 
 
-def write_whole(path: Path, write) -> None:
-    """Write a file under a temporary name by `write(temporary path)`, then rename it: it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file by `write(temporary path)`, then give it its name: it is whole or not there. UsageError where that fails.
+
+    Where the file system can, it has no name before it is whole (open(2), O_TMPFILE), so that not even a kill leaves a part of it.
+    """
+    temporary, nameless = path.with_name(f".{path.name}.{os.getpid()}"), None
     try:
-        write(temporary)
+        try:
+            nameless = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
+        except (OSError, AttributeError):
+            write(temporary)
+        else:
+            source = Path(f"/proc/self/fd/{nameless}")
+            write(source)
+            os.link(source, temporary, src_dir_fd=nameless, follow_symlinks=True)  # the first argument is absolute; a dir_fd makes it linkat(2)
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"{path} could not be written ({error.strerror or error}).") from None
     finally:
+        if nameless is not None:
+            os.close(nameless)
         temporary.unlink(missing_ok=True)
 
 
