@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -24,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 import hybridiff
+from hybridiff.batch import Job, Manifest, Progress, begin, line_of, make_jobs, read_prompts, take_turns
 from hybridiff.denoise import StepRecord
 from hybridiff.ending import end_on_interrupt, in_a_sentence, prepare_streams, say, shown
-from hybridiff.errors import UsageError
+from hybridiff.errors import SharedError, UsageError
 from hybridiff.latents import read_latents, save_both
 from hybridiff.memory import refuse_too_large
 from hybridiff.page import make_page, psnr, save_page
@@ -62,7 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
     add("--no-t5", action="store_true", help="leave T5 out (SD3)")
     add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device, on the CPU, or on the device in its stored fp8 (SD3)")
-    add("--prompt", help="what to draw (default: the demo's own prompt)")
+    add("--prompt", action="append", help="what to draw (default: the demo's own prompt); several make several pictures")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance")
+    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt; the seed goes up by one")
     add("--negative-prompt", help="what to keep out")
     add("--steps", type=int, default=50)
     add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
@@ -83,8 +87,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
+    add("--transport", choices=("auto", "nccl", "gloo"), default="auto", help="how ranks send: auto is nccl where each has a GPU of its own, else gloo")
     add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank")
-    add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number)")
+    add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)")
+    add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
+    add("--layout", choices=("pairs", "layers"), help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)")
     add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
     add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
     add("--decode", type=Path, metavar="FILE", help="only make the picture of kept latents")
@@ -108,8 +115,9 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Request:
-    """Options, and where none is given the checkpoint's defaults, then the family's."""
+def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, own: dict) -> Request:
+    """What a picture has of its `own`, else the options, and where none is given the checkpoint's defaults, then the family's."""
+    args = argparse.Namespace(**vars(args) | {"prompt": None} | own)
     family, defaults = checkpoint.family, checkpoint.defaults
 
     def either(name: str, fallback: object) -> object:
@@ -154,6 +162,48 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     )
 
 
+def team_size(args: argparse.Namespace, ranks: int, world: int) -> int:
+    """How many ranks make one picture together, of `world`; `ranks` is what the strategy is written for."""
+    if (args.layout or ("pairs" if args.several else "layers")) == "layers" or world == 1:
+        return world
+    if world % ranks:
+        raise UsageError(f"{world} ranks do not make teams of {ranks}: set --nproc_per_node to a multiple of {ranks}.")
+    return ranks
+
+
+def first_that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> Request:
+    """The request of the first picture that can be made; UsageError if there is none (others fail at their turn)."""
+    problems = []
+    for own in args.told:
+        try:
+            request = make_request(args, checkpoint, device, own)
+            strategy, _ = plan_request(checkpoint, request, world=None)
+            args.team_size = team_size(args, strategy.ranks, world)
+            plan_request(checkpoint, request, args.team_size)
+            return request
+        except UsageError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def check_several(args: argparse.Namespace) -> None:
+    """UsageError in what cannot be had with several pictures, and where the folder is in use."""
+    for name in ("report", "save_latents", "compare_serial", "explain"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for one picture: leave it out, or ask for one prompt.")
+    if not 1 <= args.images_per_prompt <= 10**6:
+        raise UsageError(f"--images-per-prompt {args.images_per_prompt} is out of range: give 1 to 1000000.")
+    args.out = args.out or Path("pictures")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        probe_names = [*args.out.glob("*.png"), *args.out.glob("manifest.jsonl")]
+    except OSError as error:
+        raise UsageError(f"--out {args.out} cannot be made a folder ({error.strerror}); several pictures go into one.") from None
+    check_writable(args.out / "manifest.jsonl", overwrite=True)
+    if probe_names and not (args.resume or args.overwrite):
+        raise UsageError(f"--out {args.out} holds pictures already: give --resume to go on with them, --overwrite, or another folder.")
+
+
 def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
     """Everything that can be refused is refused here, before any long work. No request where only --check is asked for."""
     args = parse_arguments()
@@ -165,11 +215,15 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         return args, checkpoint, None, device
     if lacking := needs(checkpoint) if not args.decode else []:
         raise UsageError(" ".join(lacking))
-    request = make_request(args, checkpoint, device)
-    plan_request(checkpoint, request, transport.world)
+    args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (read_prompts(args.prompts) if args.prompts else [])
+    args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
+    args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
+    request = first_that_can_be_made(args, checkpoint, device, transport.world)
     if not args.explain and not args.decode:
         refuse_too_large(checkpoint, request, device, transport.world)
-    if transport.rank == 0 and not args.explain:
+    if args.several:
+        check_several(args)
+    elif transport.rank == 0 and not args.explain:
         args.out = args.out or free_name(Path("picture.png"))
         for path in filter(None, (args.out, args.save_latents)):
             check_writable(path, args.overwrite)
@@ -196,17 +250,72 @@ def numbers(request: Request) -> str:
     return f"{request.strategy} ({len(steps)} of {request.steps} steps save work, the first {reuse.start} and the last {reuse.end} never)"
 
 
-def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request, device: torch.device) -> None:
-    """Make the picture and say what happened."""
+def place_networks(transport: Transport, args: argparse.Namespace, device: torch.device) -> None:
+    """Set this process up for its device."""
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     else:
         torch.cuda.set_device(device)
-    transport.open_lanes(device)
+    transport.open_lanes(device, args.transport)
+
+
+def make_several(transport: Transport, args, checkpoint: Checkpoint, seed: int, device: torch.device) -> int:
+    """Make all pictures, each by the team that is free; exit status 1 if one of them failed."""
+    if args.resume and args.seed is None and Manifest(args.out).path.exists() and transport.rank == 0:
+        seed = Manifest(args.out).read()[0]["seed"]
+    seed, size = transport.gather(seed)[0], args.team_size
+    jobs = make_jobs(args.told, args.images_per_prompt, seed, args.out)
+
+    def settings(job: Job) -> dict:
+        try:
+            return settings_of(make_request(args, checkpoint, device, job.own), args.weights, size)
+        except UsageError:
+            return dict(job.own)  # it will fail at its turn
+
+    manifest, left = begin(jobs, [settings(job) for job in jobs], seed, args.resume, transport)
+    if transport.rank == 0:
+        say(f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/")
+    transport.divide(size)
+    place_networks(transport, args, device)
+    checkpoint.keep = True
+    progress = Progress(len(left), transport)
+
+    def on_step(record: StepRecord) -> None:
+        if transport.rank == 0:
+            transport.add("steps")  # teams that have nothing left to do see that this one lives
+
+    for job in take_turns(left, transport):
+        start, problem = time.monotonic(), None
+        try:
+            request = make_request(args, checkpoint, device, job.own)
+            result = generate(checkpoint, request, transport, device, on_step)
+            if transport.rank == 0:
+                save_picture(result.image, job.path, request.seed, settings_of(request, args.weights, size))
+        except UsageError as error:
+            problem = str(error)
+        problem = next((told for told in transport.gather(problem) if told), None)
+        if transport.rank == 0:
+            seconds = time.monotonic() - start
+            if problem is None:
+                manifest.add(line_of(job, "made", seconds=round(seconds, 2), team=transport.team))
+                progress.ended(f"{job.path.name}: {seconds:.1f} s, seed {request.seed}, {job.own['prompt']!r:.60}")
+            else:
+                manifest.add(line_of(job, "failed", why=problem))
+                transport.add("failed")
+                progress.ended(f"{job.path.name} failed: {problem}")
+    failed = transport.add("failed", 0)
+    if transport.rank == 0 and transport.team == 0:
+        say(f"{len(left) - failed} pictures made, {failed} failed; {manifest.path} lists them")
+    return 1 if failed else 0
+
+
+def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request, device: torch.device) -> None:
+    """Make the picture and say what happened."""
+    place_networks(transport, args, device)
     speaks = transport.rank == 0
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
-        say(f'{checkpoint.family} from {shown(args.weights)}, {numbers(request)} on {ranks}, {device.type}: "{shown(request.prompt)}"')
+        say(f'{checkpoint.family} from {shown(args.weights)}, {numbers(request)} on {ranks}, {device.type}{transport.route}: "{shown(request.prompt)}"')
         for remark in checkpoint.remarks:
             say(remark)
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
@@ -276,7 +385,7 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
 
 def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
     """A sentence on the first thing in which a rank differs from rank 0 though all must agree; None where nothing does."""
-    each_its_own = ("weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype")
+    each_its_own = ("weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size")
     facts = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
     facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the weights": checkpoint.digest()}
     facts |= {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
@@ -350,15 +459,22 @@ def run(transport: Transport) -> int:
             transport.gather("done")
             disconnect()
             return 2
-        request = replace(request, seed=transport.gather(request.seed)[0])
+        status = 0
         try:
-            sample(transport, args, checkpoint, request, device)
+            if args.several:
+                status = make_several(transport, args, checkpoint, request.seed, device)
+            else:
+                request = replace(request, seed=transport.gather(request.seed)[0])
+                transport.divide(args.team_size)
+                if transport.team == 0:
+                    sample(transport, args, checkpoint, request, device)
+                transport.until_all_come()
         except (UsageError, WeightsError) as error:  # found on the way, such as a full disk
-            say(f"rank {transport.rank}: {error}", error=True)
+            if transport.rank == 0 or not isinstance(error, SharedError):
+                say(str(error) if isinstance(error, SharedError) else f"rank {transport.rank}: {error}", error=True)
             if transport.world > 1:
                 os._exit(1)  # at once: the others see it and end too
             return 1
-        status = 0
     transport.gather("done")  # nobody leaves before rank 0 has spoken
     disconnect()
     return status

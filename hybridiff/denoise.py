@@ -40,7 +40,7 @@ class Task:
     denoiser: torch.nn.Module  # models.UNet or models.MMDiT
     cut: Any  # where the denoiser is cut, as its class has it
     sampler: Sampler
-    conditioning: dict[str, Any]  # "cond" and "uncond" -> UNetConditioning or MMDiTConditioning, batch 1
+    conditioning: dict[str, Any]  # "cond", "uncond", as far as this process needs them -> UNetConditioning or MMDiTConditioning, batch 1
     guidance: float
     noise: Tensor  # (1, C, h, w), unit normal, fp32
 
@@ -53,7 +53,7 @@ class Task:
 
     def message(self, value: Value) -> Shapes:
         """Shapes and dtypes of the tensors that make up a value on its way."""
-        text = self.conditioning["cond"].text  # (1, L, context width), in the network's dtype
+        text = next(iter(self.conditioning.values())).text  # (1, L, context width), in the network's dtype
         if value == DISCREPANCY:
             return [(torch.Size(()), torch.float32)]
         if value.what == "prediction":

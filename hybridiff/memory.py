@@ -8,6 +8,8 @@ are used in the dtype of the file, on the CPU, need no memory of their own.
 import os
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,15 +53,11 @@ class MemoryWatch:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.ended = device, threading.Event()
+        self.device = device
         self.phases: dict[str, dict[str, int]] = {}  # phase -> {"host": bytes, "gpu": bytes on CUDA}
         self.before, self.seen = 0, 0
-        threading.Thread(target=self.look, daemon=True).start()
+        threading.Thread(target=look, args=(weakref.ref(self),), daemon=True).start()
         self.note("start")
-
-    def look(self) -> None:
-        while not self.ended.wait(EVERY):
-            self.seen = max(self.seen, resident()[0])
 
     def note(self, phase: str) -> None:
         """Count everything since the last call to this phase."""
@@ -72,11 +70,18 @@ class MemoryWatch:
         self.phases[phase] = {where: max(size, old[where]) for where, size in here.items()}
         self.before, self.seen = highest, 0
 
-    def close(self) -> dict:
-        """{"peak": ..., "phases": {phase: ...}}, each of {"host": bytes, "gpu": bytes on CUDA}; the end of watching."""
-        self.ended.set()
+    def told(self) -> dict:
+        """{"peak": ..., "phases": {phase: ...}}, each of {"host": bytes, "gpu": bytes on CUDA}."""
         sizes = self.phases.values()
         return {"peak": {where: max(size[where] for size in sizes) for where in next(iter(sizes))}, "phases": self.phases}
+
+
+def look(watch: weakref.ref) -> None:
+    """Look at the resident set again and again, as long as somebody keeps the watch."""
+    while (here := watch()) is not None:
+        here.seen = max(here.seen, resident()[0])
+        del here
+        time.sleep(EVERY)
 
 
 def free_host() -> int | None:

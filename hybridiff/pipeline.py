@@ -10,22 +10,26 @@ from torch import Tensor
 
 from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
-from hybridiff.errors import UsageError, require_finite
+from hybridiff.errors import SharedError, UsageError, require_finite
 from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
+from hybridiff.schedule import Run
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
 from hybridiff.tiles import LARGE, decode_tiled
+from hybridiff.timeline import plan_all
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
 from weights.files import FP8
-from weights.load import Checkpoint
+from weights.load import Checkpoint, WeightsError
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
 LARGEST = 2**16  # pixels a side
+WORTH_SPLITTING = 2**18  # pixels from which the ranks decode together
+OVERLAP = 18  # latents that neighbouring tiles share
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,12 @@ class Request:
 class Result:
     """The image and what happened on the way."""
 
-    image: Tensor | None  # (height, width, 3) uint8 on the CPU; None on ranks other than 0
+    image: Tensor | None  # (height, width, 3) uint8 on the CPU; may be None on ranks other than 0
     records: list[StepRecord]
     seconds: dict[str, float]  # by phase
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
-    memory: list[dict]  # of every rank, see memory.MemoryWatch.close
+    memory: list[dict]  # of every rank, see memory.MemoryWatch.told
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
@@ -74,15 +78,15 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
             raise UsageError(f"--{name} {side} is too large: give at most {LARGEST}.")
 
 
-def plan_request(checkpoint: Checkpoint, request: Request, world: int) -> tuple[Strategy, Sampler]:
-    """The strategy and the sampler of a request; UsageError in whatever cannot be done. Reads no tensors."""
+def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) -> tuple[Strategy, Sampler]:
+    """The strategy and the sampler of a request for `world` ranks; UsageError in whatever cannot be done. Reads no tensors."""
     known = strategies(checkpoint.family)
     if request.strategy not in known:
         raise UsageError(f"--strategy {request.strategy} is unknown: choose one of {', '.join(known)}.")
     strategy = known[request.strategy]
     if request.strategy == "one-branch" and request.guidance > 1:
         raise UsageError(f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}.")
-    if world not in (1, strategy.ranks) and request.strategy != "one-branch":
+    if world not in (None, 1, strategy.ranks) and request.strategy != "one-branch":
         counts = "1 process" if strategy.ranks == 1 else f"1 process or {strategy.ranks} ranks"
         raise UsageError(f"--strategy {request.strategy} runs on {counts}, not on {world}: set --nproc_per_node so.")
     rule = request.rule
@@ -126,14 +130,39 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
 
 
 @torch.inference_mode()
-def decode(checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False) -> Tensor:
-    """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16."""
+def decode(
+    checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False, transport: Transport | None = None
+) -> Tensor:
+    """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16.
+
+    With `tiles`, large pictures go through the decoder in pieces. With a `transport`, every rank of the team decodes some rows.
+    """
     vae = checkpoint.load("vae", torch.float32, device, decoder_only=True)
     raw = vae.unscale(latents.float())
-    large = raw.shape[2] * raw.shape[3] * vae.config.factor**2 > LARGE
-    image = (decode_tiled(vae, raw) if tiles and large else vae.decode(raw))[0]
+    height, width = raw.shape[2:]
+    tile = (96, 96) if tiles and height * width * vae.config.factor**2 > LARGE else (height, width)
+    if transport:
+        rows = min(tile[0], -(-height // transport.world) + OVERLAP)
+        image = decode_tiled(vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather)[0]
+    else:
+        image = (vae.decode(raw) if tile == (height, width) else decode_tiled(vae, raw, tile, OVERLAP))[0]
     require_finite(image, "decoder", "image", "the latents are finite, so try a file with another autoencoder")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
+
+
+def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> list[str]:
+    """The texts ("cond", "uncond") under which the ranks of this process run parts of the network: each rank encodes only its own."""
+    here = range(strategy.ranks) if transport.world == 1 else [transport.rank % strategy.ranks]
+    runs = [op for plan in plan_all(strategy, settings) for rank in here for op in plan.operations[rank] if isinstance(op, Run)]
+    run_under = {run.text for run in runs}
+    return [text for text in ("cond", "uncond") if text in run_under or "both" in run_under]
+
+
+def agree(transport: Transport, problem: str | None) -> None:
+    """SharedError on every rank of the team if one of them has a problem."""
+    for told in transport.gather(problem):
+        if told is not None:
+            raise SharedError(told)
 
 
 def generate(
@@ -143,7 +172,10 @@ def generate(
     device: torch.device,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> Result:
-    """Make one picture. Every rank calls it with the same request; rank 0 alone decodes."""
+    """Make one picture. Every rank of the team calls it with the same request; rank 0 has the image in the end.
+
+    It decodes alone where the picture is small or must be exact, else the ranks share the rows.
+    """
     strategy, sampler = plan_request(checkpoint, request, transport.world)
     seconds: dict[str, float] = {}
     memory = MemoryWatch(device)
@@ -156,16 +188,20 @@ def generate(
 
     now, transport.doing = time.perf_counter(), "text"
     size = (request.height, request.width)
-    conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5)
-    now, transport.doing = clock("text", now), "load"
-    denoiser = checkpoint.load("denoiser", request.dtype, device)
-    now = clock("load", now)
+    settings = Settings(request.steps, request.rule, request.reuse)
+    texts, problem = texts_of(strategy, settings, transport), None
+    try:
+        conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
+        now, transport.doing = clock("text", now), "load"
+        denoiser = checkpoint.load("denoiser", request.dtype, device)
+        now = clock("load", now)
+    except (UsageError, WeightsError) as error:
+        problem = str(error)
+    agree(transport, problem)  # the ranks begin together, so that their clocks agree
 
     vae = checkpoint.config("vae")
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
     task = Task(denoiser, strategy.cut(denoiser), sampler, conditioning, request.guidance, noise)
-    settings = Settings(request.steps, request.rule, request.reuse)
-    transport.gather("ready")  # the ranks begin together, so that their clocks agree
     records = []
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
@@ -175,11 +211,19 @@ def generate(
     bytes_sent = transport.finish()
     bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
     del task, denoiser
-    for record in records:
-        where = f"denoiser, step {record.step} ({record.stage})"
-        require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
+    problem = None
+    try:
+        for record in records:
+            where = f"denoiser, step {record.step} ({record.stage})"
+            require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
+    except UsageError as error:
+        problem = str(error)
+    agree(transport, problem)
 
     now, transport.doing, transport.step = time.perf_counter(), "decode", -1
-    image = decode(checkpoint, records[-1].latents, device, request.tiles) if transport.rank == 0 else None
+    exact = request.strategy in ("serial", "batched", "condition", "one-branch")  # the picture of one device: decoded as there
+    split = transport.world > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+    here = split or transport.rank == 0
+    image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
     clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.close()))
+    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.told()))

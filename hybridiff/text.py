@@ -1,5 +1,7 @@
 """Prompts -> what the denoiser is told, for both families. Each encoder is loaded, used and freed before the next."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,8 @@ def run_encoder(
     checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype, fp8: bool = False
 ) -> list:
     """Run one text encoder over the texts, one by one (batch 1, so that a text's result never depends on the others)."""
+    if not texts:  # nothing is loaded where there is nothing to encode
+        return []
     tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device, fp8=fp8)
     results = [encoder(tokenizer(text).to(device)) for text in texts]
     for result in results:
@@ -35,53 +39,49 @@ def encode(
     device: torch.device,
     dtype: torch.dtype,
     t5: str = "device",
+    branches: Sequence[str] = ("cond", "uncond"),
 ) -> dict[str, UNetConditioning] | dict[str, MMDiTConditioning]:
-    """The conditioning of both branches, "cond" and "uncond", batch 1, in `dtype` on `device`; sizes in pixels.
+    """The conditioning of the branches asked for, batch 1, in `dtype` on `device`; sizes in pixels.
 
     `t5`: "device", "cpu" (T5 stays in host memory and runs there, in bf16 where `dtype` is fp16) or "fp8" (its stored
     fp8 weights stay so and are brought to `dtype` layer by layer).
     """
+    texts = {branch: {"cond": prompt, "uncond": negative_prompt}[branch] for branch in branches}
     if checkpoint.family == "sdxl":
-        return encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtype)
-    return encode_sd3(checkpoint, prompt, negative_prompt, device, dtype, t5)
+        return encode_sdxl(checkpoint, texts, height, width, device, dtype)
+    return encode_sd3(checkpoint, texts, device, dtype, t5)
 
 
-def encode_sdxl(checkpoint, prompt, negative_prompt, height, width, device, dtype) -> dict[str, UNetConditioning]:
+def encode_sdxl(checkpoint, texts, height, width, device, dtype) -> dict[str, UNetConditioning]:
     """SDXL: penultimate states of CLIP-L and bigG side by side; bigG's pooled text and six sizes as the vector.
 
     Without a negative prompt the unconditional text is zeros, or the empty text where the checkpoint's folder says so
     (`force_zeros_for_empty_prompt` is false); an empty one is encoded. Sizes: original height and width,
     crop top and left, target height and width, each a 256-wide sinusoid (Podell et al. 2023, Sec. 2.2).
     """
-    zeros = negative_prompt is None and checkpoint.zero_negative
-    texts = [prompt] if zeros else [prompt, negative_prompt or ""]
-    clip_l = run_encoder(checkpoint, "clip_l", texts, device, dtype)
-    clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
+    told = {branch: text for branch, text in texts.items() if text is not None or not checkpoint.zero_negative}
+    clip_l = run_encoder(checkpoint, "clip_l", [text or "" for text in told.values()], device, dtype)
+    clip_g = run_encoder(checkpoint, "clip_g", [text or "" for text in told.values()], device, dtype)
+    branches = {branch: (torch.cat([l, g], dim=2), pooled) for branch, (l, _), (g, pooled) in zip(told, clip_l, clip_g)}
+    config, clip = checkpoint.config("denoiser"), checkpoint.config("clip_g")
+    nothing = [torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, clip.positions, config.context_width), (1, clip.projection))]
     sizes = torch.tensor([height, width, 0, 0, height, width], device=device)
-    pooled_width = clip_g[0][1].shape[1]
-    each = (checkpoint.config("denoiser").vector_width - pooled_width) // len(sizes)
-    sizes = sinusoid(sizes, each).flatten()[None].to(dtype)  # (1, 6 * 256)
-
-    def conditioning(text: Tensor, pooled: Tensor) -> UNetConditioning:
-        return UNetConditioning(text, torch.cat([pooled, sizes], dim=1))
-
-    branches = [(torch.cat([l, g], dim=2), pooled) for (l, _), (g, pooled) in zip(clip_l, clip_g)]
-    if zeros:
-        branches.append((torch.zeros_like(branches[0][0]), torch.zeros_like(branches[0][1])))
-    return {"cond": conditioning(*branches[0]), "uncond": conditioning(*branches[1])}
+    sizes = sinusoid(sizes, (config.vector_width - clip.projection) // len(sizes)).flatten()[None].to(dtype)  # (1, 6 * 256)
+    made = {branch: branches.get(branch, nothing) for branch in texts}
+    return {branch: UNetConditioning(text, torch.cat([pooled, sizes], dim=1)) for branch, (text, pooled) in made.items()}
 
 
-def encode_sd3(checkpoint, prompt, negative_prompt, device, dtype, t5) -> dict[str, MMDiTConditioning]:
+def encode_sd3(checkpoint, texts, device, dtype, t5) -> dict[str, MMDiTConditioning]:
     """SD3: CLIP rows (CLIP-L and bigG side by side, padded with zeros to T5's width), then T5's rows; pooled of both CLIPs.
 
     Without a negative prompt the empty string is encoded. Without T5 its rows are zeros (Esser et al. 2024, Sec. 5.3.3).
     """
-    texts = [prompt, negative_prompt or ""]
+    names, texts = [*texts], [text or "" for text in texts.values()]
     clip_l = run_encoder(checkpoint, "clip_l", texts, device, dtype)
     clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
     context_width = checkpoint.config("denoiser").context_width
     if "t5" not in checkpoint.parts:
-        text_t5s = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * 2
+        text_t5s = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * len(texts)
     elif t5 == "cpu":
         slow = torch.bfloat16 if dtype == torch.float16 else dtype  # CPUs compute in bf16 sooner than in fp16
         text_t5s = [text.to(device) for text in run_encoder(checkpoint, "t5", texts, torch.device("cpu"), slow)]
@@ -93,4 +93,4 @@ def encode_sd3(checkpoint, prompt, negative_prompt, device, dtype, t5) -> dict[s
         clip = F.pad(clip, (0, context_width - clip.shape[2]))
         text = torch.cat([clip, text_t5.to(dtype)], dim=1)  # (1, 77 + 256, 4096) in SD3-medium
         branches.append(MMDiTConditioning(text, torch.cat([pooled_l, pooled_g], dim=1)))
-    return {"cond": branches[0], "uncond": branches[1]}
+    return dict(zip(names, branches))

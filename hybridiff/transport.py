@@ -1,15 +1,19 @@
 """The only file that calls torch.distributed: how ranks find each other, and how values travel between them.
 
 `Mailbox` plays all ranks in one process; `Ranks` is the real thing under torchrun. Both count the bytes that they carry, by kind.
+Ranks that make one picture together are a team, and count from 0 within it; all ranks are one team until `divide` makes several.
 Each direction between two ranks is a lane, a process group of its own, so that a send may be posted early and never waits
 behind a receive: with NCCL, messages of one lane run in order on a stream of their own. Set HYBRIDIFF_TRACE=1 to see every
 message; each then carries a label with its step, name, shapes and dtypes, which is compared on arrival.
 """
 
+import itertools
 import os
 import pickle
+import socket
 import sys
 import threading
+import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridiff.ending import say
-from hybridiff.errors import UsageError
+from hybridiff.errors import SharedError, UsageError
 from hybridiff.schedule import Value
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
@@ -47,8 +51,10 @@ def label(step: int, value: Value, shapes: Shapes) -> Tensor:
 class Transport:
     """What both transports share: who is here, the step that the loop is in, and the count of bytes."""
 
-    rank, world = 0, 1
+    rank, world = 0, 1  # within the team
+    team, teams = 0, 1
     step = -1  # outside of the loop
+    route = ""  # how values travel, in words
     doing: object = "the start"  # the phase or operation that this process is in, for what is said when it fails
 
     def __init__(self) -> None:
@@ -66,6 +72,7 @@ class Mailbox(Transport):
 
     def __init__(self) -> None:
         super().__init__()
+        self.counters: Counter[str] = Counter()
         self.mail: dict[tuple[int, int], deque[tuple[Tensor, ...]]] = {}
 
     def arrived(self, sender: int, to: int) -> bool:
@@ -79,16 +86,30 @@ class Mailbox(Transport):
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         return self.mail[sender, to].popleft()
 
-    def open_lanes(self, device: torch.device) -> None:
+    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
         """Nothing to open within one process."""
+        if wish == "nccl":
+            raise UsageError("--transport nccl: there is one process, which sends nothing; leave it out, or start ranks by torchrun.")
+
+    def divide(self, size: int) -> None:
+        """One process is one team, of whatever size."""
 
     def gather(self, word: object) -> list:
         """The words of all processes: of this one."""
         return [word]
 
+    def add(self, name: str, amount: int = 1) -> int:
+        """Add to a counter, which begins at 0; its value afterwards."""
+        self.counters[name] += amount
+        return self.counters[name]
+
+    def until_all_come(self) -> None:
+        """Nobody to wait for."""
+
     def finish(self) -> Counter[str]:
-        """Bytes by kind over all ranks."""
-        return self.sent
+        """Bytes by kind over all ranks since the last call."""
+        sent, self.sent = self.sent, Counter()
+        return sent
 
 
 class Ranks(Transport):
@@ -100,9 +121,12 @@ class Ranks(Transport):
     def __init__(self, rank: int, world: int, timeout: timedelta):
         super().__init__()
         self.rank, self.world, self.timeout = rank, world, timeout
+        self.members, self.all_teams = tuple(range(world)), [tuple(range(world))]  # the ranks of this rank's team, and of all
         try:
             with self.waiting("all ranks to start"):
-                dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)  # for words between the ranks
+                store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+                self.counters = dist.PrefixStore("hybridiff counters", store)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)  # for words between the ranks
         except PeerLost as lost:
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
@@ -130,20 +154,40 @@ class Ranks(Transport):
         say(f"rank {self.rank} waited for {what}{self.where()}, but nothing came for {self.timeout.total_seconds():g} seconds (--timeout).", error=True)
         os._exit(1)
 
+    def divide(self, size: int) -> None:
+        """Make teams of `size` ranks, within a machine where possible; every rank must call it, before any lane is opened."""
+        if size == self.world:
+            return
+        self.all_teams = teams(self.gather(os.environ.get("GROUP_RANK", "0")), size)
+        with self.waiting("the other ranks to form teams"):
+            self.everybody = dist.new_group(timeout=timedelta(days=30), backend="gloo")
+        self.team = next(number for number, members in enumerate(self.all_teams) if self.rank in members)
+        self.teams, self.members = len(self.all_teams), self.all_teams[self.team]
+        self.rank, self.world = self.members.index(self.rank), size
+
     def where(self) -> str:
         """The step or the phase, in words."""
         return f" in step {self.step}" if self.step >= 0 else f" ({self.doing})"
 
-    def open_lanes(self, device: torch.device) -> None:
-        """Make the lanes for values that lie on `device`; every rank must call it."""
-        own_gpu = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) <= torch.cuda.device_count()
-        nccl = device.type == "cuda" and dist.is_nccl_available() and own_gpu
-        self.backend = "nccl" if all(self.gather(nccl)) else "gloo"
+    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
+        """Make the lanes for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank must call it. UsageError where NCCL cannot be had."""
+        told = self.gather((nccl_problem(device), f"{socket.gethostname()} {device}"))
+        problem = next((problem for problem, _ in told if problem), None)
+        if problem is None and len({where for _, where in told}) < len(told):
+            problem = "several ranks are on one GPU, and NCCL needs one each"
+        if wish == "nccl" and problem:
+            raise SharedError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
+        self.backend = "gloo" if problem or wish == "gloo" else "nccl"
+        self.route = ", " + self.backend + (" through host memory" if self.backend == "gloo" and device.type == "cuda" else "")
         self.device = device
         self.wire = device if self.backend == "nccl" else torch.device("cpu")  # where values lie while they travel
-        pairs = [(a, b) for a in range(self.world) for b in range(self.world) if a != b]
         with self.waiting("the other ranks to connect"):
-            self.lanes = {pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend) for pair in pairs}
+            lanes = {
+                pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend)
+                for members in self.all_teams
+                for pair in itertools.permutations(members, 2)
+            }
+        self.lanes = {(a, b): lanes.get((self.members[a], self.members[b])) for a, b in itertools.permutations(range(self.world), 2)}
 
     def arrived(self, sender: int, to: int) -> bool:
         """Always: `receive` waits by itself."""
@@ -159,54 +203,89 @@ class Ranks(Transport):
         for tensor in tensors:
             tensor = tensor.to(self.wire).contiguous()
             with self.waiting(f"rank {to} to take {value}"):
-                self.under_way.append((dist.isend(tensor, to, group=self.lanes[sender, to]), tensor))
+                self.under_way.append((dist.isend(tensor, self.members[to], group=self.lanes[sender, to]), tensor))
 
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         """Wait for tensors of these (shape, dtype) from rank `sender`. PeerLost if it has ended or is silent for too long."""
         if TRACE:
             told, expected = torch.empty(LABEL, dtype=torch.uint8, device=self.wire), label(self.step, value, shapes)
             with self.waiting(f"{value} from rank {sender}"):
-                dist.recv(told, sender, group=self.lanes[sender, to])
+                dist.recv(told, self.members[sender], group=self.lanes[sender, to])
             if not torch.equal(told.cpu(), expected):
                 said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
                 raise PeerLost(f"rank {to} expected '{meant}' from rank {sender}, which sent '{said}'.")
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
             with self.waiting(f"{value} from rank {sender}"):
-                dist.recv(tensor, sender, group=self.lanes[sender, to])
+                dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
         trace(f"rank {to} <- rank {sender}: {value}")
         return tuple(tensor.to(self.device) for tensor in tensors)
 
     def finish(self) -> Counter[str]:
-        """Wait for the sends of this rank; bytes by kind over all ranks."""
+        """Wait for the sends of this rank; bytes by kind over all ranks of the team since the last call."""
         while self.under_way:
             with self.waiting("its messages to be taken"):
                 self.under_way.popleft()[0].wait()
         total: Counter[str] = Counter()
         for count in self.gather(dict(self.sent)):
             total.update(count)
+        self.sent.clear()
         return total
 
     def gather(self, word: object) -> list:
-        """Every rank's small object, on every rank."""
+        """Every rank's small object, on every rank of the team."""
         told = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8)
         words, sends = [word] * self.world, []
         others = [rank for rank in range(self.world) if rank != self.rank]  # one by one, so that it is known whose word does not come
         for rank in others:
             with self.waiting(f"rank {rank} to take a word"):
-                sends.append([dist.isend(tensor, rank) for tensor in (torch.tensor([len(told)]), told)])
+                sends.append([dist.isend(tensor, self.members[rank]) for tensor in (torch.tensor([len(told)]), told)])
         for rank in others:
             size = torch.zeros(1, dtype=torch.int64)
             with self.waiting(f"a word from rank {rank}"):
-                dist.recv(size, rank)
+                dist.recv(size, self.members[rank])
                 theirs = torch.empty(int(size), dtype=torch.uint8)
-                dist.recv(theirs, rank)
+                dist.recv(theirs, self.members[rank])
             words[rank] = pickle.loads(theirs.numpy().tobytes())
         for rank, works in zip(others, sends):
             with self.waiting(f"rank {rank} to take a word"):
                 for work in works:
                     work.wait()
         return words
+
+    def add(self, name: str, amount: int = 1) -> int:
+        """Add to a counter that all teams share, which begins at 0; its value afterwards."""
+        with self.waiting("the counters of all ranks"):
+            return self.counters.add(name, amount)
+
+    def until_all_come(self) -> None:
+        """Wait until every rank of every team is here, as long as somebody still adds to the counter "steps"; PeerLost if one has ended."""
+        if self.teams == 1:
+            return
+        with self.waiting("the other teams"):
+            here = dist.barrier(group=self.everybody, async_op=True)
+        steps, changed = 0, time.monotonic()
+        while not here.is_completed():
+            time.sleep(0.1)
+            now = self.add("steps", 0)
+            steps, changed = now, changed if now == steps else time.monotonic()
+            if time.monotonic() - changed > self.timeout.total_seconds():
+                raise PeerLost(f"rank {self.rank} of team {self.team} waited for the other teams, but they made no step for"
+                               f" {self.timeout.total_seconds():g} seconds (--timeout).")  # fmt: skip
+        with self.waiting("the other teams"):
+            here.wait()
+
+
+def teams(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
+    """Ranks in teams of `size`, given the machine of each rank: first those that fit into one machine, then what is left over. Rank 0 leads the first."""
+    left, formed = list(range(len(machines))), []
+    for machine in dict.fromkeys(machines):
+        here = [rank for rank in left if machines[rank] == machine]
+        for start in range(0, len(here) - size + 1, size):
+            formed.append(tuple(here[start : start + size]))
+            left = [rank for rank in left if rank not in formed[-1]]
+    formed += [tuple(left[start : start + size]) for start in range(0, len(left), size)]
+    return sorted(formed)
 
 
 def no_meeting(error: BaseException) -> str | None:
@@ -219,6 +298,16 @@ def no_meeting(error: BaseException) -> str | None:
     if isinstance(error, ValueError):
         return f"{address} is no place to meet (MASTER_ADDR, MASTER_PORT); start them by torchrun."
     return None
+
+
+def nccl_problem(device: torch.device) -> str | None:
+    """Why NCCL cannot carry this rank's values, None where it can."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", place()[1])), torch.cuda.device_count()
+    if device.type != "cuda":
+        return f"the values lie on the {device.type}, and NCCL carries those of CUDA devices only"
+    if not dist.is_nccl_available():
+        return "this build of torch has no NCCL"
+    return f"{here} ranks share {gpus} GPU(s) here, and NCCL needs one each" if here > gpus else None
 
 
 def place() -> tuple[int, int, int]:

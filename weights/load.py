@@ -32,8 +32,10 @@ class Checkpoint:
     `family` "sdxl" or "sd3"; `layout` "single" or "folder"; `defaults` what it proposes (prompt, height, width,
     guidance, shift, as far as given); `zero_negative` whether SDXL is told zeros where there is no negative prompt (else
     the empty text); `notes` part -> why files beside it cannot be used;
-    `remarks` sentences that the user should read.
+    `remarks` sentences that the user should read; with `keep`, what is loaded stays, for the pictures to come.
     """
+
+    keep = False
 
     def __init__(self, contents: Contents, t5_file: str | None = None, notes: Mapping[str, list[str]] | None = None):
         self.family, self.layout, self.path = contents.family, contents.layout, contents.path
@@ -44,6 +46,7 @@ class Checkpoint:
             name: check_part(name, contents.parts[name], self.family) for name in PARTS if name in contents.parts
         }
         check_together(self.path, self.family, {name: part.config for name, part in self.fitted.items()})
+        self.kept: dict[tuple, nn.Module] = {}  # arguments of `load` -> module
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -77,6 +80,9 @@ class Checkpoint:
         `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need. With `fp8`, T5's linear layers
         keep their stored fp8 and are brought to the computing dtype one by one as they run.
         """
+        asked = part, dtype, str(device), decoder_only, fp8
+        if asked in self.kept:
+            return self.kept[asked]
         fitted = self.part(part)
         module = build(fitted.kind, fitted.config)
         if decoder_only:
@@ -93,7 +99,10 @@ class Checkpoint:
                     made = source.make([read(fitted.entries[key]) for key in source.keys])
                     state[name] = made.contiguous().to(device, made.dtype if name in stays and made.dtype in FP8 else dtype)
         module.load_state_dict(state, strict=True, assign=True)
-        return module.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
+        if self.keep:
+            self.kept[asked] = module
+        return module
 
     def digest(self) -> str:
         """A hash of names, shapes, dtypes and eight values from the middle of every tensor; two checkpoints that share it are the same."""

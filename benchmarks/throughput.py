@@ -1,0 +1,114 @@
+"""How many pictures N ranks make in the time of two: `python benchmarks/throughput.py`.
+
+The parts of the network sleep instead of computing, so that ranks need no core of their own: what is measured is everything else, the
+schedule, the messages, who takes which picture when. Beside it stands the schedule's own arithmetic, where nothing but the network takes time.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from copy import deepcopy
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny import free_port, make_task  # noqa: E402
+
+from benchmarks.full_size import in_words, machine, row_plan, table  # noqa: E402
+from hybridiff.batch import Job, take_turns  # noqa: E402
+from hybridiff.denoise import denoise  # noqa: E402
+from hybridiff.timeline import length, part_costs, plan_all, timeline  # noqa: E402
+from hybridiff.transport import connect, disconnect  # noqa: E402
+
+
+def shares_of(task) -> dict[str, float]:
+    """Each part's share of the network's floating-point operations."""
+    return part_costs(replace(task, denoiser=deepcopy(task.denoiser).to("meta")))
+
+
+def asleep(task, shares: dict[str, float], seconds: float):
+    """The same task, whose network also sleeps: `seconds` for a whole evaluation, a part's share of its floating-point operations for a part."""
+    net = task.denoiser
+
+    class Sleeping(type(net)):
+        def entry(self, *given):
+            time.sleep(seconds * shares["entry"])
+            return super().entry(*given)
+
+        def inner(self, *given):
+            time.sleep(seconds * shares["inner"])
+            return super().inner(*given)
+
+        def exit(self, *given):
+            time.sleep(seconds * shares["exit"])
+            return super().exit(*given)
+
+    net.__class__ = Sleeping
+    return task
+
+
+def rank_main(rank: int, ranks: int, port: int, args: argparse.Namespace, shares: dict[str, float], folder: str) -> None:
+    """One rank: makes the pictures that fall to its team."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    transport = connect(timedelta(seconds=120))
+    transport.divide(2)
+    transport.open_lanes(torch.device("cpu"))
+    task = asleep(make_task(args.family, args.steps), shares, args.seconds)
+    strategy, settings = row_plan(args.family, args.row, args.steps)
+    jobs, made = [Job(n, Path(), {}) for n in range(args.pictures)], []
+    transport.until_all_come()
+    start = time.perf_counter()
+    for job in take_turns(jobs, transport):
+        for _ in denoise(task, strategy, settings, transport):
+            transport.add("steps") if transport.rank == 0 else None
+        transport.finish()
+        made.append(job.number)
+    seconds = time.perf_counter() - start
+    (Path(folder) / f"{ranks}-{rank}.json").write_text(json.dumps({"seconds": seconds, "team": transport.team, "made": made}))
+    disconnect()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--family", choices=("sdxl", "sd3"), default="sdxl")
+    parser.add_argument("--row", default="condition", help="condition, paper-K, balanced or fast")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--pictures", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=0.3, help="that an evaluation of the network sleeps")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    strategy, settings = row_plan(args.family, args.row, args.steps)
+    shares = shares_of(make_task(args.family, args.steps))
+    one = length(timeline(plan_all(strategy, settings), shares)) * args.seconds
+    rows, base = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in args.ranks:
+            mp.spawn(rank_main, (ranks, free_port(1), args, shares, folder), nprocs=ranks)
+            told = [json.loads((Path(folder) / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
+            made = sorted({number for t in told for number in t["made"]})
+            assert made == list(range(args.pictures)), f"made {made}"
+            seconds = max(t["seconds"] for t in told)
+            ideal = one * -(-args.pictures // (ranks // 2))
+            base = base or (seconds, ideal)
+            rows.append([ranks, ranks // 2, seconds, 60 * args.pictures / seconds, base[0] / seconds, base[1] / ideal])
+    conditions = machine() | {"family": args.family, "row": args.row, "pictures": args.pictures, "steps": args.steps, "an evaluation sleeps": args.seconds}
+    print(in_words(conditions))
+    print("\n" + table(["ranks", "teams", "seconds", "pictures a minute", "times the first row", "by the schedule"], rows))
+    if args.json:
+        args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Many pictures in one run: what is to be made, which team makes which, and what has been made.
+
+A team of ranks takes the next picture as soon as it is free. Every finished or failed picture is a line of DIR/manifest.jsonl; a picture
+is written whole or not at all, so that a run that was cut short can go on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hybridiff.ending import say
+from hybridiff.errors import UsageError
+from hybridiff.pipeline import agree
+from hybridiff.report import write_whole
+from hybridiff.transport import Transport
+
+OWN = {"prompt": str, "negative_prompt": str, "seed": int, "height": int, "width": int, "guidance": float}  # what a line may say
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to be made: its number (from 0), its file, and what differs from the options of the run."""
+
+    number: int
+    path: Path
+    own: dict[str, Any]  # of the names in OWN; "prompt" and "seed" always
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The pictures that a file asks for: a prompt a line, or a JSON object with "prompt" and any other names of OWN. UsageError says which line is wrong."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"--prompts {path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--prompts {path} is not a text in UTF-8: save it so.") from None
+    told = [read_line(f"line {number} of {path}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not told:
+        raise UsageError(f"--prompts {path} has no prompt in it: give one a line.")
+    return told
+
+
+def read_line(where: str, line: str) -> dict[str, Any]:
+    """What one line asks for."""
+    if not line.lstrip().startswith("{"):
+        return {"prompt": line.strip()}
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} begins like JSON but is none ({error}).") from None
+    for name, value in told.items():
+        if name not in OWN:
+            raise UsageError(f"{where} says {name!r:.80}, which is not known: give {', '.join(OWN)}.")
+        wanted = (int, float) if OWN[name] is float else OWN[name]
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise UsageError(f"{where}: {name} must be {'a text' if OWN[name] is str else 'a number'}, not {value!r:.80}.")
+    if "prompt" not in told:
+        raise UsageError(f"{where} has no prompt.")
+    return told
+
+
+def make_jobs(told: Sequence[dict[str, Any]], each: int, seed: int, folder: Path) -> list[Job]:
+    """`each` pictures of everything told, in its order; the n-th of them (from 0) has the line's own seed, or `seed`, plus n."""
+    pictures = [{**own, "seed": own.get("seed", seed) + n} for own in told for n in range(each)]
+    digits = max(4, len(str(len(pictures))))
+    return [Job(number, folder / f"{number + 1:0{digits}}.png", own) for number, own in enumerate(pictures)]
+
+
+class Manifest:
+    """DIR/manifest.jsonl: a first line that says what the whole batch is, then one a picture, as they end."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "manifest.jsonl"
+
+    def read(self) -> list[dict]:
+        """The lines; one that a kill has torn is left out. UsageError where the file is no manifest."""
+        lines = []
+        try:
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    continue
+        except (OSError, UnicodeDecodeError):
+            pass
+        if not lines or not isinstance(lines[0], dict) or not {"batch", "seed", "pictures"} <= lines[0].keys():
+            raise UsageError(f"{self.path} is no manifest of a batch: choose another --out.")
+        return lines
+
+    def begin(self, head: dict, lines: Sequence[dict]) -> None:
+        """Write the file with its first line and the lines that are known already. UsageError where that fails."""
+        text = "".join(json.dumps(line) + "\n" for line in (head, *lines))
+        write_whole(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def add(self, line: dict) -> None:
+        """Append the line of a picture in a single write, so that lines of several teams do not mix. UsageError where that fails."""
+        try:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, (json.dumps(line) + "\n").encode())
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise UsageError(f"{self.path} could not be written ({error.strerror}).") from None
+
+
+def without_ranks(settings: dict) -> dict:
+    """Settings but for the number of ranks, which may be another when a batch goes on."""
+    return {name: value for name, value in settings.items() if name != "ranks"}
+
+
+def already_made(job: Job, settings: dict) -> bool:
+    """Whether the job's file is there and holds this job's picture."""
+    try:
+        with Image.open(job.path) as picture:
+            told = picture.text
+        return told["seed"] == str(job.own["seed"]) and without_ranks(json.loads(told["settings"])) == without_ranks(settings)
+    except (OSError, AttributeError, KeyError, ValueError):
+        return False
+
+
+def begin(jobs: Sequence[Job], settings: Sequence[dict], seed: int, resume: bool, transport: Transport) -> tuple[Manifest, list[Job]]:
+    """Start a batch, or with `resume` go on with it: the manifest and the jobs that are still to be made. Every rank calls it.
+
+    `settings` are the jobs' own. UsageError on every rank where the folder holds another batch or cannot be written.
+    """
+    folder = jobs[0].path.parent
+    manifest, problem, lines = Manifest(folder), None, []
+    batch = hashlib.sha256(json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()).hexdigest()
+    made = [job.number for job, told in zip(jobs, settings) if resume and already_made(job, told)]
+    made = set().union(*transport.gather(made))  # on several machines each knows its own files
+    if transport.rank == 0:
+        try:
+            if resume and manifest.path.exists():
+                head, *lines = manifest.read()
+                if head["batch"] != batch:
+                    raise UsageError(f"{manifest.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
+            lines = {line["number"]: line for line in lines if line.get("status") == "made" and line.get("number") in made}
+            lines |= {job.number: line_of(job, "made") for job in jobs if job.number in made and job.number not in lines}
+            manifest.begin({"batch": batch, "seed": seed, "pictures": len(jobs)}, list(lines.values()))
+        except UsageError as error:
+            problem = str(error)
+    agree(transport, problem)
+    return manifest, [job for job in jobs if job.number not in made]
+
+
+def line_of(job: Job, status: str, **more) -> dict:
+    """A picture's line in the manifest; status "made" or "failed"."""
+    return {"number": job.number, "file": job.path.name, "status": status, **job.own, **more}
+
+
+def take_turns(jobs: Sequence[Job], transport: Transport) -> Iterator[Job]:
+    """The jobs that fall to this rank's team, one after the other as the team becomes free; returns when all teams are done."""
+    while True:
+        taken = transport.add("jobs taken") - 1 if transport.rank == 0 else None
+        taken = transport.gather(taken)[0]
+        if taken >= len(jobs):
+            break
+        yield jobs[taken]
+    transport.until_all_come()
+
+
+class Progress:
+    """Counts over all teams, and says how long the rest will take."""
+
+    def __init__(self, total: int, transport: Transport):
+        self.total, self.transport, self.start = total, transport, time.monotonic()
+
+    def ended(self, words: str) -> None:
+        """A picture of this team has ended: one line, with an estimate of the time left from the pictures so far."""
+        done = self.transport.add("jobs ended")
+        left = (time.monotonic() - self.start) / done * (self.total - done)
+        rest = f", about {duration(left)} left" if done < self.total else ""
+        say(f"{done}/{self.total} {words}{rest}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
