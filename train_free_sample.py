@@ -35,7 +35,7 @@ from hybridiff.page import make_page, psnr, save_page
 from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, decode, generate, meta_task, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.report import check_writable, free_name, make_report, save_picture, save_report, settings_of
-from hybridiff.samplers import SAMPLERS
+from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.timeline import explain
@@ -51,7 +51,15 @@ class Parser(argparse.ArgumentParser):
     """Raises UsageError, so that rank 0 alone speaks."""
 
     def error(self, message: str):
-        raise UsageError(f"{message}; see --help.")
+        raise UsageError(f"{shown(message)}; see --help.")
+
+
+def as_utf8(text: str) -> str:
+    """An argument read as UTF-8 also where the locale is another, such as C; unchanged where it is none (`check_text` refuses it)."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,10 +72,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
     add("--no-t5", action="store_true", help="leave T5 out (SD3)")
     add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device, on the CPU, or on the device in its stored fp8 (SD3)")
-    add("--prompt", action="append", help="what to draw (default: the demo's own prompt); several make several pictures")
+    add("--prompt", type=as_utf8, action="append", help="what to draw (default: the demo's own prompt); several make several pictures")
     add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt; the seed goes up by one")
-    add("--negative-prompt", help="what to keep out")
+    add("--negative-prompt", type=as_utf8, help="what to keep out")
     add("--steps", type=int, default=50)
     add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
     add("--height", type=int, help="pixels (default: the checkpoint's)")
@@ -110,9 +118,18 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {name} is not there: use cpu or cuda.") from None
+        raise UsageError(f"--device {shown(name)} is not there: use cpu or cuda.") from None
     return device
+
+
+def check_text(name: str, text: str | None) -> None:
+    """UsageError where a text has lone surrogates: bytes of the command line that are no UTF-8, or half of a pair in JSON."""
+    for place, character in enumerate(text or "", 1):
+        if "\ud800" <= character <= "\udfff":
+            raise UsageError(f"{name} is no Unicode text at its character {place} (U+{ord(character):04X} alone): write it in UTF-8.")
 
 
 def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, own: dict) -> Request:
@@ -124,6 +141,10 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         given = getattr(args, name)
         return given if given is not None else defaults.get(name, fallback)
 
+    for name in ("prompt", "negative_prompt"):
+        check_text(f"--{name.replace('_', '-')}", getattr(args, name))
+    if not 1 <= args.steps < TRAINING_STEPS:
+        raise UsageError(f"--steps {shown(str(args.steps), 20)} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
     given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
     rule = replace(paper_rule(family, args.steps), **{key: value for key, value in given_rule.items() if value is not None})
     strategy = args.strategy or PRESETS[args.preset].strategy
@@ -225,6 +246,8 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         check_several(args)
     elif transport.rank == 0 and not args.explain:
         args.out = args.out or free_name(Path("picture.png"))
+        if args.save_latents and args.save_latents.resolve() == args.out.resolve():
+            raise UsageError(f"--save-latents and --out are the same file, {shown(str(args.out))}: give each its own.")
         for path in filter(None, (args.out, args.save_latents)):
             check_writable(path, args.overwrite)
         if args.report:
@@ -350,6 +373,7 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
         if request.strategy == "paper" and report["tau1"] is None:
             say("the switch never came: every step was condition partitioning")
         say("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
+        say(f"exact: {report['exact']['words']}")
         say(f"bytes sent: {report['bytes_sent']['total']}")
         say(f"seed: {request.seed}")
         say(f"picture: {args.out}")

@@ -150,6 +150,12 @@ def decode(
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
 
 
+def decoded_together(request: Request, ranks: int) -> bool:
+    """Whether the ranks share the rows of a picture: where it is large, and need not be exactly the picture of one device."""
+    exact = request.strategy in ("serial", "batched", "condition", "one-branch")
+    return ranks > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+
+
 def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> list[str]:
     """The texts ("cond", "uncond") under which the ranks of this process run parts of the network: each rank encodes only its own."""
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank % strategy.ranks]
@@ -221,8 +227,7 @@ def generate(
     agree(transport, problem)
 
     now, transport.doing, transport.step = time.perf_counter(), "decode", -1
-    exact = request.strategy in ("serial", "batched", "condition", "one-branch")  # the picture of one device: decoded as there
-    split = transport.world > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+    split = decoded_together(request, transport.world)
     here = split or transport.rank == 0
     image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
     clock("decode", now)
