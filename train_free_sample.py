@@ -30,6 +30,7 @@ from hybridiff.denoise import StepRecord
 from hybridiff.ending import end_on_interrupt, in_a_sentence, prepare_streams, say, shown
 from hybridiff.errors import SharedError, UsageError
 from hybridiff.latents import read_latents, save_both
+from hybridiff.memory import refuse_too_large
 from hybridiff.page import make_page, psnr, save_page
 from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, decode, generate, meta_task, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
+    add("--transport", choices=("auto", "nccl", "gloo"), default="auto", help="how ranks send: auto is nccl where each has a GPU of its own, else gloo")
     add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank")
     add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)")
     add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
@@ -226,6 +228,8 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
     args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
     request = first_that_can_be_made(args, checkpoint, device, transport.world)
+    if not args.explain and not args.decode:
+        refuse_too_large(checkpoint, request, device, transport.world)
     if args.several:
         check_several(args)
     elif transport.rank == 0 and not args.explain:
@@ -261,7 +265,7 @@ def place_networks(transport: Transport, args: argparse.Namespace, device: torch
         torch.set_num_threads(args.threads)
     else:
         torch.cuda.set_device(device)
-    transport.open_lanes(device)
+    transport.open_lanes(device, args.transport)
 
 
 def make_several(transport: Transport, args, checkpoint: Checkpoint, seed: int, device: torch.device) -> int:
@@ -279,7 +283,7 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, seed: int, 
 
     manifest, left = begin(jobs, [settings(job) for job in jobs], seed, args.resume, transport)
     if transport.rank == 0:
-        print(f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/", flush=True)
+        say(f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/")
     transport.divide(size)
     place_networks(transport, args, device)
     checkpoint.keep = True
@@ -310,7 +314,7 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, seed: int, 
                 progress.ended(f"{job.path.name} failed: {problem}")
     failed = transport.add("failed", 0)
     if transport.rank == 0 and transport.team == 0:
-        print(f"{len(left) - failed} pictures made, {failed} failed; {manifest.path} lists them", flush=True)
+        say(f"{len(left) - failed} pictures made, {failed} failed; {manifest.path} lists them")
     return 1 if failed else 0
 
 
@@ -320,7 +324,7 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     speaks = transport.rank == 0
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
-        say(f'{checkpoint.family} from {shown(args.weights)}, {numbers(request)} on {ranks}, {device.type}: "{shown(request.prompt)}"')
+        say(f'{checkpoint.family} from {shown(args.weights)}, {numbers(request)} on {ranks}, {device.type}{transport.route}: "{shown(request.prompt)}"')
         for remark in checkpoint.remarks:
             say(remark)
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")

@@ -11,12 +11,13 @@ from torch import Tensor
 from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import SharedError, UsageError, require_finite
+from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
 from hybridiff.schedule import Run
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
-from hybridiff.tiles import decode_tiled
+from hybridiff.tiles import LARGE, decode_tiled
 from hybridiff.timeline import plan_all
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
@@ -26,7 +27,7 @@ from weights.load import Checkpoint, WeightsError
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
-LARGE = 2**20  # pixels beyond which `tiles` decodes in tiles
+LARGEST = 2**16  # pixels a side
 WORTH_SPLITTING = 2**18  # pixels from which the ranks decode together
 OVERLAP = 18  # latents that neighbouring tiles share
 
@@ -60,6 +61,7 @@ class Result:
     seconds: dict[str, float]  # by phase
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
+    memory: list[dict]  # of every rank, see memory.MemoryWatch.told
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
@@ -72,6 +74,8 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
             raise UsageError(f"--{name} {side} does not fit this network: give a positive multiple of {multiple}.")
         if largest is not None and side > largest * factor:
             raise UsageError(f"--{name} {side} is beyond this network's positions: give at most {largest * factor}.")
+        if side > LARGEST:
+            raise UsageError(f"--{name} {side} is too large: give at most {LARGEST}.")
 
 
 def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) -> tuple[Strategy, Sampler]:
@@ -174,10 +178,12 @@ def generate(
     """
     strategy, sampler = plan_request(checkpoint, request, transport.world)
     seconds: dict[str, float] = {}
+    memory = MemoryWatch(device)
 
     def clock(phase: str, start: float) -> float:
         now = time.perf_counter()
         seconds[phase] = seconds.get(phase, 0.0) + now - start
+        memory.note(phase)
         return now
 
     now, transport.doing = time.perf_counter(), "text"
@@ -200,6 +206,7 @@ def generate(
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
         seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
+        memory.note(record.stage)
         on_step(record)
     bytes_sent = transport.finish()
     bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
@@ -219,4 +226,4 @@ def generate(
     here = split or transport.rank == 0
     image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
     clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent), bars)
+    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.told()))

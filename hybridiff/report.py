@@ -51,6 +51,7 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
         "tau1": switch.tau1 if switch else None,
         "tau2": switch.tau2 if switch else None,
         "seconds": result.seconds,
+        "memory": result.memory,
         "bytes_sent": {"total": sum(result.bytes_sent.values()), "by_operation": result.bytes_sent},
         "seed": request.seed,
         "settings": settings_of(request, weights, ranks),
