@@ -40,7 +40,7 @@ from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.timeline import explain
 from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, disconnect, place
-from weights.describe import describe, needs
+from weights.describe import describe, needs, where_to_get
 from weights.load import Checkpoint, WeightsError, open_checkpoint
 
 SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --start and --reused steer
@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
     add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
     add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's, scaled from 50 steps)")
-    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU, float16 on CUDA)")
+    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
@@ -130,6 +130,13 @@ def check_text(name: str, text: str | None) -> None:
     for place, character in enumerate(text or "", 1):
         if "\ud800" <= character <= "\udfff":
             raise UsageError(f"{name} is no Unicode text at its character {place} (U+{ord(character):04X} alone): write it in UTF-8.")
+
+
+def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """fp32 on the CPU, which is slow in anything else; on CUDA bf16 where the denoiser is stored in it, else fp16."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if checkpoint.dtype("denoiser") == torch.bfloat16 else torch.float16
 
 
 def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, own: dict) -> Request:
@@ -176,7 +183,7 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         sampler=args.sampler or next(iter(SAMPLERS[family])),
         strategy=strategy,
         rule=rule,
-        dtype=DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else torch.float16,
+        dtype=DTYPES[args.dtype] if args.dtype else usual_dtype(checkpoint, device),
         tiles=args.tiles,
         t5=args.t5,
         reuse=replace(usual, **{key: value for key, value in given_reuse.items() if value is not None}),
@@ -234,6 +241,8 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         checkpoint.leave_out("t5")
     if args.check:
         return args, checkpoint, None, device
+    if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
+        checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')})."]
     if lacking := needs(checkpoint) if not args.decode else []:
         raise UsageError(" ".join(lacking))
     args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (read_prompts(args.prompts) if args.prompts else [])
