@@ -100,7 +100,7 @@ def wait_for(each: list[subprocess.Popen], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def run_case(case: Case, folder: Path, ranks: int, given: list[str], timeout: float, limit: float) -> dict:
+def run_case(case: Case, folder: Path, ranks: int, given: list[str], timeout: float, limit: float, interrupt: float = INTERRUPT) -> dict:
     """One death and what came of it."""
     out, mark, port = folder / "out", folder / "mark", free_port()
     out.mkdir()
@@ -119,7 +119,7 @@ def run_case(case: Case, folder: Path, ranks: int, given: list[str], timeout: fl
             if process.poll() is None:
                 process.send_signal(SIGNALS[case.how])
     unseen = case.how == "stop" or case.place == "start" or (case.place == "any" and case.after < 8)
-    allowed = INTERRUPT if case.how == "wait" else limit + (timeout if unseen else 0) + (TORCHRUN if case.torchrun else 0)
+    allowed = interrupt if case.how == "wait" else limit + (timeout if unseen else 0) + (TORCHRUN if case.torchrun else 0)
     wait_for(others, allowed)
     seconds = time.monotonic() - begun
     hung = [process for process in others if process.poll() is None]
