@@ -39,7 +39,7 @@ from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.timeline import explain
-from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, disconnect, place
+from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, place
 from weights.describe import describe, needs, where_to_get
 from weights.load import Checkpoint, WeightsError, open_checkpoint
 
@@ -489,8 +489,7 @@ def run(transport: Transport) -> int:
         if differs := disagreement(transport, args, checkpoint, request):
             if transport.rank == 0:
                 say(differs, error=True)
-            transport.gather("done")
-            disconnect()
+            transport.leave()
             return 2
         status = 0
         try:
@@ -508,8 +507,7 @@ def run(transport: Transport) -> int:
             if transport.world > 1:
                 os._exit(1)  # at once: the others see it and end too
             return 1
-    transport.gather("done")  # nobody leaves before rank 0 has spoken
-    disconnect()
+    transport.leave()  # nobody leaves before rank 0 has spoken
     return status
 
 

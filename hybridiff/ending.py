@@ -45,8 +45,9 @@ def prepare_streams() -> None:
 
 
 def say(text: str, error: bool = False) -> None:
-    """A line on stdout, or on stderr with the program's name before it; a progress bar makes way for it."""
+    """A line on stdout, or a sentence on stderr with the program's name before it; a progress bar makes way for it."""
     stream = sys.stderr if error else sys.stdout
+    text = shown(text, 1200) if error else text
     with tqdm.external_write_mode(file=stream):
         print(f"{NAME}: {text}" if error else text, file=stream, flush=True)
 

@@ -1,6 +1,7 @@
 """How values travel: every message pattern over gloo; NCCL is chosen where it can be had and refused in a sentence where not."""
 
 import os
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -77,6 +78,32 @@ def test_one_process_sends_nothing():
         Mailbox().open_lanes(CPU, "nccl")
 
 
+def watching(rank: int, port: int, dies: bool) -> None:
+    """Body of a spawned rank that watches its peer, as it does with NCCL."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    transport = connect(timedelta(seconds=60))
+    transport.open_lanes(CPU)
+    transport.watch_peers()
+    transport.gather("ready")
+    if dies and rank == 1:
+        os._exit(9)
+    if dies:
+        time.sleep(120)  # as if it waited for NCCL
+    transport.leave()
+
+
+@pytest.mark.parametrize("dies, codes", [(True, [1, 9]), (False, [0, 0])])
+def test_a_watched_peer_that_ends_is_noticed_at_once(dies, codes):
+    """Also by a rank that does not wait for a message; one that leaves as it should is not taken for lost."""
+    port = free_port(1)
+    ranks = [mp.get_context("spawn").Process(target=watching, args=(rank, port, dies)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(100)
+    assert [rank.exitcode for rank in ranks] == codes
+
+
 @pytest.mark.parametrize("gpus, ranks, nccl, words", [(2, 2, True, None), (1, 2, True, "2 ranks share 1 GPU"), (2, 2, False, "no NCCL")])
 def test_nccl_needs_a_gpu_a_rank(gpus, ranks, nccl, words, monkeypatch: pytest.MonkeyPatch):
     """What is chosen on machines with GPUs, as far as it can be told without one."""
@@ -97,7 +124,7 @@ def test_the_ranks_choose_alike(told, wish, backend, wire, monkeypatch: pytest.M
     """From what all ranks told; values for gloo are staged in host memory."""
     rank = object.__new__(Ranks)
     rank.rank, rank.world, rank.members, rank.all_teams, rank.timeout = 0, 2, (0, 1), [(0, 1)], timedelta(seconds=5)
-    rank.gather = lambda word: told
+    rank.gather, rank.watch_peers = lambda word: told, lambda: None
     monkeypatch.setattr(hybridiff.transport.dist, "new_group", lambda *given, backend, **named: backend)
     rank.open_lanes(torch.device("cuda", 0), wish)
     assert rank.backend == backend and rank.wire.type == wire and set(rank.lanes.values()) == {backend}
