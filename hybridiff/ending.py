@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 NAME = "train_free_sample.py"
-GRACE = 2.0  # seconds that the main thread has to end by itself after Ctrl-C
+GRACE = 1.0  # seconds that the main thread has to end by itself after Ctrl-C
 
 
 class Forgiving:
