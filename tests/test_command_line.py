@@ -14,6 +14,7 @@ from PIL import Image
 
 import train_free_sample
 from benchmarks.fuzz_commands import draw, try_line
+from hybridiff.options import usual_dtype
 from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)
@@ -145,8 +146,8 @@ def test_the_usual_precision(stored, usual, tmp_path):
     """fp32 on the CPU; on CUDA bf16 if the denoiser is stored so, else fp16."""
     names = {key: (stored, shape) for key, (_, shape) in tensors("sd3.5-medium.single").items()}
     checkpoint = open_checkpoint(str(write_sparse(tmp_path / "m.safetensors", names)))
-    assert train_free_sample.usual_dtype(checkpoint, torch.device("cuda")) == usual
-    assert train_free_sample.usual_dtype(checkpoint, torch.device("cpu")) == torch.float32
+    assert usual_dtype(checkpoint, torch.device("cuda")) == usual
+    assert usual_dtype(checkpoint, torch.device("cpu")) == torch.float32
 
 
 def test_sd3_without_t5(monkeypatch, tmp_path):
