@@ -8,6 +8,10 @@ class UsageError(Exception):
     """A mistake in options, files or surroundings; shown by rank 0 without a traceback, exit status 2 on every rank."""
 
 
+class SharedError(UsageError):
+    """The same, of which every rank of the team knows already."""
+
+
 def require_finite(tensor: Tensor, stage: str, name: str, advice: str) -> None:
     """UsageError that names the stage and the tensor, and says what to try, if the tensor holds NaN or infinity."""
     if not torch.isfinite(tensor).all():

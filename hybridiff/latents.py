@@ -1,34 +1,50 @@
 """Latents on disk: what is left of a run when its picture cannot be written, and what `--decode` makes a picture of."""
 
 import json
+import secrets
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hybridiff.errors import UsageError
-from hybridiff.report import write_whole
+from hybridiff.report import save_picture, write_whole
 
 
 def save_latents(latents: Tensor, path: Path, seed: int, settings: dict) -> None:
     """Write latents (1, C, h, w), as they leave the last step, with seed and settings as metadata. UsageError where that fails."""
     told = {"seed": str(seed), "settings": json.dumps(settings)}
-    write_whole(path, lambda temporary: save_file({"latents": latents.cpu().contiguous()}, temporary, told))
+    content = save({"latents": latents.cpu().contiguous()}, told)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
-def rescue(latents: Tensor, seed: int, settings: dict) -> str:
-    """Keep the latents in the folder for temporary files, since the picture could not be written; what to do, as a sentence."""
-    with tempfile.NamedTemporaryFile(prefix=f"hybridiff-{seed}-", suffix=".safetensors", delete=False) as file:
-        path = Path(file.name)
+def save_both(image: Tensor, latents: Tensor, picture: Path, kept: Path | None, seed: int, settings: dict) -> None:
+    """Write the picture, and the latents where they are wanted. UsageError where that fails; of a picture that cannot be written the latents are kept."""
     try:
-        save_latents(latents, path, seed, settings)
+        save_picture(image, picture, seed, settings)
     except UsageError as error:
-        path.unlink(missing_ok=True)
-        return f"The latents are lost too: {error}"
-    return f"The latents are kept in {path}: make the picture with --decode {path} and an --out that can be written."
+        raise UsageError(f"{error} {rescue(latents, kept, seed, settings)}") from None
+    if kept:
+        try:
+            save_latents(latents, kept, seed, settings)
+        except UsageError as error:
+            raise UsageError(f"{error} The picture is in {picture}.") from None
+
+
+def rescue(latents: Tensor, kept: Path | None, seed: int, settings: dict) -> str:
+    """Keep the latents where they were wanted, or else in the folder for temporary files; what came of it and what to do, as a sentence."""
+    for place in (kept, None):
+        try:
+            path = place or Path(tempfile.gettempdir()) / f"hybridiff-{seed}-{secrets.token_hex(4)}.safetensors"
+            save_latents(latents, path, seed, settings)
+        except (UsageError, OSError) as error:  # OSError: there is no folder for temporary files
+            lost = str(error)
+        else:
+            return f"The latents are kept in {path}: make the picture with --decode {path} and an --out that can be written."
+    return f"The latents are lost too: {lost}"
 
 
 def read_latents(path: Path, channels: int) -> tuple[Tensor, int, dict]:

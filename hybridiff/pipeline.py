@@ -10,13 +10,14 @@ from torch import Tensor
 
 from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
-from hybridiff.errors import UsageError, require_finite
+from hybridiff.errors import SharedError, UsageError, require_finite
+from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
 from hybridiff.schedule import Run
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
-from hybridiff.tiles import decode_tiled
+from hybridiff.tiles import LARGE, decode_tiled
 from hybridiff.timeline import plan_all
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
@@ -26,7 +27,9 @@ from weights.load import Checkpoint, WeightsError
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
-LARGE = 2**20  # pixels beyond which `tiles` decodes in tiles
+LARGEST = 2**16  # pixels a side
+WORTH_SPLITTING = 2**18  # pixels from which the ranks decode together
+OVERLAP = 18  # latents that neighbouring tiles share
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ class Request:
 class Result:
     """The image and what happened on the way."""
 
-    image: Tensor | None  # (height, width, 3) uint8 on the CPU; None on ranks other than 0
+    image: Tensor | None  # (height, width, 3) uint8 on the CPU; may be None on ranks other than 0
     records: list[StepRecord]
     seconds: dict[str, float]  # by phase
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
+    memory: list[dict]  # of every rank, see memory.MemoryWatch.told
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
@@ -70,6 +74,8 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
             raise UsageError(f"--{name} {side} does not fit this network: give a positive multiple of {multiple}.")
         if largest is not None and side > largest * factor:
             raise UsageError(f"--{name} {side} is beyond this network's positions: give at most {largest * factor}.")
+        if side > LARGEST:
+            raise UsageError(f"--{name} {side} is too large: give at most {LARGEST}.")
 
 
 def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) -> tuple[Strategy, Sampler]:
@@ -127,14 +133,30 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
 
 
 @torch.inference_mode()
-def decode(checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False) -> Tensor:
-    """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16."""
+def decode(
+    checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False, transport: Transport | None = None
+) -> Tensor:
+    """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16.
+
+    With `tiles`, large pictures go through the decoder in pieces. With a `transport`, every rank of the team decodes some rows.
+    """
     vae = checkpoint.load("vae", torch.float32, device, decoder_only=True)
     raw = vae.unscale(latents.float())
-    large = raw.shape[2] * raw.shape[3] * vae.config.factor**2 > LARGE
-    image = (decode_tiled(vae, raw) if tiles and large else vae.decode(raw))[0]
+    height, width = raw.shape[2:]
+    tile = (96, 96) if tiles and height * width * vae.config.factor**2 > LARGE else (height, width)
+    if transport:
+        rows = min(tile[0], -(-height // transport.world) + OVERLAP)
+        image = decode_tiled(vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather)[0]
+    else:
+        image = (vae.decode(raw) if tile == (height, width) else decode_tiled(vae, raw, tile, OVERLAP))[0]
     require_finite(image, "decoder", "image", "the latents are finite, so try a file with another autoencoder")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
+
+
+def decoded_together(request: Request, ranks: int) -> bool:
+    """Whether the ranks share the rows of a picture: where it is large, and need not be exactly the picture of one device."""
+    exact = request.strategy in ("serial", "batched", "condition", "one-branch")
+    return ranks > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
 
 
 def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> list[str]:
@@ -146,10 +168,10 @@ def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> li
 
 
 def agree(transport: Transport, problem: str | None) -> None:
-    """UsageError on every rank of the team if one of them has a problem."""
+    """SharedError on every rank of the team if one of them has a problem."""
     for told in transport.gather(problem):
         if told is not None:
-            raise UsageError(told)
+            raise SharedError(told)
 
 
 def generate(
@@ -159,22 +181,27 @@ def generate(
     device: torch.device,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> Result:
-    """Make one picture. Every rank calls it with the same request; rank 0 alone decodes."""
+    """Make one picture. Every rank of the team calls it with the same request; rank 0 has the image in the end.
+
+    It decodes alone where the picture is small or must be exact, else the ranks share the rows.
+    """
     strategy, sampler = plan_request(checkpoint, request, transport.world)
     seconds: dict[str, float] = {}
+    memory = MemoryWatch(device)
 
     def clock(phase: str, start: float) -> float:
         now = time.perf_counter()
         seconds[phase] = seconds.get(phase, 0.0) + now - start
+        memory.note(phase)
         return now
 
-    now = time.perf_counter()
+    now, transport.doing = time.perf_counter(), "text"
     size = (request.height, request.width)
     settings = Settings(request.steps, request.rule, request.reuse)
     texts, problem = texts_of(strategy, settings, transport), None
     try:
         conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
-        now = clock("text", now)
+        now, transport.doing = clock("text", now), "load"
         denoiser = checkpoint.load("denoiser", request.dtype, device)
         now = clock("load", now)
     except (UsageError, WeightsError) as error:
@@ -188,15 +215,23 @@ def generate(
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
         seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
+        memory.note(record.stage)
         on_step(record)
     bytes_sent = transport.finish()
     bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
     del task, denoiser
-    for record in records:
-        where = f"denoiser, step {record.step} ({record.stage})"
-        require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
+    problem = None
+    try:
+        for record in records:
+            where = f"denoiser, step {record.step} ({record.stage})"
+            require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
+    except UsageError as error:
+        problem = str(error)
+    agree(transport, problem)
 
-    now = time.perf_counter()
-    image = decode(checkpoint, records[-1].latents, device, request.tiles) if transport.rank == 0 else None
+    now, transport.doing, transport.step = time.perf_counter(), "decode", -1
+    split = decoded_together(request, transport.world)
+    here = split or transport.rank == 0
+    image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
     clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent), bars)
+    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.told()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, Decoder, ResidualBlock
 
+LARGE = 2**20  # pixels beyond which pictures are decoded in tiles where that is asked for
 Step = tuple[nn.GroupNorm, Callable[..., tuple[Tensor, ...]]]
 
 
@@ -73,18 +74,23 @@ def ramp(span: tuple[int, int, int, int], size: int, overlap: int, factor: int) 
     return torch.minimum(up, down).clamp(0, 1)
 
 
-def decode_tiled(vae: Autoencoder, latents: Tensor, tile: int = 96, overlap: int = 18) -> Tensor:
-    """Autoencoder.decode in tiles of at most `tile` latents a side: raw latents (B, C, h, w) -> images (B, 3, 8h, 8w).
+def decode_tiled(
+    vae: Autoencoder, latents: Tensor, tile: tuple[int, int] = (96, 96), overlap: int = 18,
+    rank: int = 0, ranks: int = 1, gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor],
+) -> Tensor:  # fmt: skip
+    """Autoencoder.decode in tiles of at most `tile` latents (height, width): raw latents (B, C, h, w) -> images (B, 3, 8h, 8w).
 
-    Neighbours share `overlap` latents; a pixel depends on some 12 latents on each side, mostly on the nearest six.
+    Neighbours share `overlap` latents; a pixel depends on some 12 latents on each side, mostly on the nearest six. Several ranks
+    can share the tiles: each gives its rank, and `gather`, which brings every rank's tensor to every rank.
     """
     decoder, factor = vae.decoder, vae.config.factor
     h = decoder.conv_in(vae.post_quant_conv(latents) if vae.config.quant_convs else latents)
     for block in decoder.mid.values():
         h = block(h)
     batch, _, height, width = h.shape
-    tiles = [(y, x) for y in spans(height, tile, overlap) for x in spans(width, tile, overlap)]
-    states = [(h[:, :, y[0] : y[3], x[0] : x[3]].cpu(),) for y, x in tiles]
+    tiles = [(y, x) for y in spans(height, tile[0], overlap) for x in spans(width, tile[1], overlap)][rank::ranks]
+    waits = torch.device("cpu") if len(tiles) > 1 else h.device
+    states = [(h[:, :, y[0] : y[3], x[0] : x[3]].to(waits),) for y, x in tiles]
     for norm, advance in steps(decoder):
         statistics = torch.zeros(2, batch, norm.num_groups, dtype=torch.float64, device=h.device)
         for (y, x), state in zip(tiles, states):
@@ -92,15 +98,16 @@ def decode_tiled(vae: Autoencoder, latents: Tensor, tile: int = 96, overlap: int
             rows, columns = (slice((own - start) * scale, (end - start) * scale) for start, own, end, _ in (y, x))
             share = (y[2] - y[1]) * (x[2] - x[1]) / (height * width)
             statistics += share * measure(norm, state[-1].to(h.device)[:, :, rows, columns])
+        statistics = sum(gather(statistics.cpu())).to(h.device)
         for i, state in enumerate(states):
             state = [tensor.to(h.device) for tensor in state]
             normed = apply(norm, state[-1], statistics)
-            states[i] = tuple(tensor.cpu() for tensor in advance(*state, normed))
+            states[i] = tuple(tensor.to(waits) for tensor in advance(*state, normed))
     image = torch.zeros(batch, 3, height * factor, width * factor)
     total = torch.zeros(height * factor, width * factor)
     for (y, x), (part,) in zip(tiles, states):
         weight = ramp(y, height, overlap, factor)[:, None] * ramp(x, width, overlap, factor)
         rows, columns = (slice(span[0] * factor, span[3] * factor) for span in (y, x))
-        image[:, :, rows, columns] += part * weight
+        image[:, :, rows, columns] += part.cpu() * weight
         total[rows, columns] += weight
-    return (image / total).to(h.device)
+    return (sum(gather(image)) / sum(gather(total))).to(h.device)

@@ -9,6 +9,8 @@ message; each then carries a label with its step, name, shapes and dtypes, which
 
 import itertools
 import os
+import pickle
+import socket
 import sys
 import threading
 import time
@@ -21,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridiff.ending import say
+from hybridiff.errors import SharedError, UsageError
 from hybridiff.schedule import Value
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
@@ -49,7 +53,9 @@ class Transport:
 
     rank, world = 0, 1  # within the team
     team, teams = 0, 1
-    step = -1  # before the first
+    step = -1  # outside of the loop
+    route = ""  # how values travel, in words
+    doing: object = "the start"  # the phase or operation that this process is in, for what is said when it fails
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()  # bytes by kind of value, sent by the ranks of this process
@@ -80,8 +86,10 @@ class Mailbox(Transport):
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         return self.mail[sender, to].popleft()
 
-    def open_lanes(self, device: torch.device) -> None:
+    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
         """Nothing to open within one process."""
+        if wish == "nccl":
+            raise UsageError("--transport nccl: there is one process, which sends nothing; leave it out, or start ranks by torchrun.")
 
     def divide(self, size: int) -> None:
         """One process is one team, of whatever size."""
@@ -98,6 +106,9 @@ class Mailbox(Transport):
     def until_all_come(self) -> None:
         """Nobody to wait for."""
 
+    def leave(self) -> None:
+        """Nobody to leave."""
+
     def finish(self) -> Counter[str]:
         """Bytes by kind over all ranks since the last call."""
         sent, self.sent = self.sent, Counter()
@@ -113,11 +124,17 @@ class Ranks(Transport):
     def __init__(self, rank: int, world: int, timeout: timedelta):
         super().__init__()
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.members, self.all_teams, self.words = tuple(range(world)), [tuple(range(world))], None  # who is in this rank's team, and the group for words between them
-        with self.waiting("all ranks to start"):
-            store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
-            self.counters = dist.PrefixStore("hybridiff counters", store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        self.members, self.all_teams = tuple(range(world)), [tuple(range(world))]  # the ranks of this rank's team, and of all
+        try:
+            with self.waiting("all ranks to start"):
+                store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+                self.counters = dist.PrefixStore("hybridiff counters", store)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)  # for words between the ranks
+        except PeerLost as lost:
+            if problem := no_meeting(lost.__cause__):
+                raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
+            raise
+        self.farewells = None  # the group of `watch_peers`
         self.under_way: deque[tuple[dist.Work, Tensor]] = deque()  # sends keep their tensors alive until they are done
 
     @contextmanager
@@ -129,39 +146,43 @@ class Ranks(Transport):
         try:
             yield
         except (RuntimeError, ValueError) as error:  # gloo's and NCCL's errors are RuntimeErrors
-            where = f" in step {self.step}" if self.step >= 0 else ""
             silent = "imed out" in str(error) or "imeout" in str(error)
             seconds = f"{self.timeout.total_seconds():g}"
             why = f"nothing came for {seconds} seconds (--timeout)" if silent else "the other side has ended"
-            raise PeerLost(f"rank {self.rank} waited for {what}{where}, but {why}.") from error
+            raise PeerLost(f"rank {self.rank} waited for {what}{self.where()}, but {why}.") from error
         finally:
             late.cancel()
 
     def end(self, what: str) -> None:
         """The last resort, in a thread of its own: some waits of torch.distributed know no timeout, such as for a stopped rank 0 at the start."""
-        print(f"\nrank {self.rank} waited for {what}, but nothing came for {self.timeout.total_seconds():g} seconds (--timeout).", file=sys.stderr)
-        sys.stderr.flush()
+        say(f"rank {self.rank} waited for {what}{self.where()}, but nothing came for {self.timeout.total_seconds():g} seconds (--timeout).", error=True)
         os._exit(1)
 
     def divide(self, size: int) -> None:
         """Make teams of `size` ranks, within a machine where possible; every rank must call it, before any lane is opened."""
         if size == self.world:
             return
-        machines = self.gather(os.environ.get("GROUP_RANK", "0"))
-        all_teams = teams(machines, size)
+        self.all_teams = teams(self.gather(os.environ.get("GROUP_RANK", "0")), size)
         with self.waiting("the other ranks to form teams"):
-            groups = [dist.new_group(members, timeout=self.timeout, backend="gloo") for members in all_teams]
             self.everybody = dist.new_group(timeout=timedelta(days=30), backend="gloo")
-        mine = next(number for number, members in enumerate(all_teams) if self.rank in members)
-        self.team, self.teams, self.all_teams = mine, len(all_teams), all_teams
-        self.members, self.words = all_teams[mine], groups[mine]
+        self.team = next(number for number, members in enumerate(self.all_teams) if self.rank in members)
+        self.teams, self.members = len(self.all_teams), self.all_teams[self.team]
         self.rank, self.world = self.members.index(self.rank), size
 
-    def open_lanes(self, device: torch.device) -> None:
-        """Make the lanes for values that lie on `device`; every rank must call it."""
-        own_gpu = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) <= torch.cuda.device_count()
-        nccl = device.type == "cuda" and dist.is_nccl_available() and own_gpu
-        self.backend = "nccl" if all(self.gather(nccl)) else "gloo"
+    def where(self) -> str:
+        """The step or the phase, in words."""
+        return f" in step {self.step}" if self.step >= 0 else f" ({self.doing})"
+
+    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
+        """Make the lanes for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank must call it. UsageError where NCCL cannot be had."""
+        told = self.gather((nccl_problem(device), f"{socket.gethostname()} {device}"))
+        problem = next((problem for problem, _ in told if problem), None)
+        if problem is None and len({where for _, where in told}) < len(told):
+            problem = "several ranks are on one GPU, and NCCL needs one each"
+        if wish == "nccl" and problem:
+            raise SharedError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
+        self.backend = "gloo" if problem or wish == "gloo" else "nccl"
+        self.route = ", " + self.backend + (" through host memory" if self.backend == "gloo" and device.type == "cuda" else "")
         self.device = device
         self.wire = device if self.backend == "nccl" else torch.device("cpu")  # where values lie while they travel
         with self.waiting("the other ranks to connect"):
@@ -171,6 +192,38 @@ class Ranks(Transport):
                 for pair in itertools.permutations(members, 2)
             }
         self.lanes = {(a, b): lanes.get((self.members[a], self.members[b])) for a, b in itertools.permutations(range(self.world), 2)}
+
+        if self.backend == "nccl":
+            self.watch_peers()
+
+    def watch_peers(self) -> None:
+        """End this process when a rank of its team ends early: NCCL would wait for it until the timeout. Every rank must call it.
+
+        A thread for each of them waits, over gloo, for the word that `leave` sends.
+        """
+        with self.waiting("the other ranks to connect"):
+            self.farewells = dist.new_group(timeout=timedelta(days=30), backend="gloo")
+
+        def watch(rank: int) -> None:
+            try:
+                dist.recv(torch.zeros(1), self.members[rank], group=self.farewells)
+            except RuntimeError:
+                say(f"rank {self.rank} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
+                os._exit(1)
+
+        for rank in range(self.world):
+            if rank != self.rank:
+                threading.Thread(target=watch, args=(rank,), daemon=True).start()
+
+    def leave(self) -> None:
+        """The end of all work: nobody leaves before all ranks of the team have come here."""
+        self.gather("done")
+        if self.farewells is not None:
+            words = [dist.isend(torch.ones(1), self.members[rank], group=self.farewells) for rank in range(self.world) if rank != self.rank]
+            with self.waiting("the other ranks to leave"):
+                for word in words:
+                    word.wait()
+        disconnect()
 
     def arrived(self, sender: int, to: int) -> bool:
         """Always: `receive` waits by itself."""
@@ -217,9 +270,23 @@ class Ranks(Transport):
 
     def gather(self, word: object) -> list:
         """Every rank's small object, on every rank of the team."""
-        words: list = [None] * self.world
-        with self.waiting("a word from every rank"):
-            dist.all_gather_object(words, word, group=self.words)
+        told = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8)
+        words, sends = [word] * self.world, []
+        others = [rank for rank in range(self.world) if rank != self.rank]  # one by one, so that it is known whose word does not come
+        for rank in others:
+            with self.waiting(f"rank {rank} to take a word"):
+                sends.append([dist.isend(tensor, self.members[rank]) for tensor in (torch.tensor([len(told)]), told)])
+        for rank in others:
+            size = torch.zeros(1, dtype=torch.int64)
+            with self.waiting(f"a word from rank {rank}"):
+                dist.recv(size, self.members[rank])
+                theirs = torch.empty(int(size), dtype=torch.uint8)
+                dist.recv(theirs, self.members[rank])
+            words[rank] = pickle.loads(theirs.numpy().tobytes())
+        for rank, works in zip(others, sends):
+            with self.waiting(f"rank {rank} to take a word"):
+                for work in works:
+                    work.wait()
         return words
 
     def add(self, name: str, amount: int = 1) -> int:
@@ -257,10 +324,34 @@ def teams(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
     return sorted(formed)
 
 
+def no_meeting(error: BaseException) -> str | None:
+    """What is wrong with the place where the ranks shall meet, as far as torch.distributed's error tells; None where a rank is missing or has ended."""
+    told, address = str(error), ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in told or "in use" in told:
+        return f"{address} is taken; give torchrun another --master_port, or --standalone."
+    if "gai error" in told or "resolve" in told or "EADDRNOTAVAIL" in told:
+        return f"there is no machine {address}; see --master_addr of torchrun."
+    if isinstance(error, ValueError):
+        return f"{address} is no place to meet (MASTER_ADDR, MASTER_PORT); start them by torchrun."
+    return None
+
+
+def nccl_problem(device: torch.device) -> str | None:
+    """Why NCCL cannot carry this rank's values, None where it can."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", place()[1])), torch.cuda.device_count()
+    if device.type != "cuda":
+        return f"the values lie on the {device.type}, and NCCL carries those of CUDA devices only"
+    if not dist.is_nccl_available():
+        return "this build of torch has no NCCL"
+    return f"{here} ranks share {gpus} GPU(s) here, and NCCL needs one each" if here > gpus else None
+
+
 def place() -> tuple[int, int, int]:
     """(rank, ranks, local rank) from torchrun's environment; (0, 1, 0) without it."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    told = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    if not all(number.isdecimal() for number in told) or int(told[0]) >= int(told[1]):
+        raise UsageError("RANK, WORLD_SIZE, LOCAL_RANK in the environment are {}, {}, {}: start the ranks by torchrun.".format(*map(ascii, told)))
+    return tuple(map(int, told))
 
 
 def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: pictures, reports and refusals, in one process and under torchrun."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from official import tensors, write_sparse
 from PIL import Image
 
 import train_free_sample
+from benchmarks.fuzz_commands import draw, try_line
+from hybridiff.options import usual_dtype
 from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)
@@ -143,8 +146,8 @@ def test_the_usual_precision(stored, usual, tmp_path):
     """fp32 on the CPU; on CUDA bf16 if the denoiser is stored so, else fp16."""
     names = {key: (stored, shape) for key, (_, shape) in tensors("sd3.5-medium.single").items()}
     checkpoint = open_checkpoint(str(write_sparse(tmp_path / "m.safetensors", names)))
-    assert train_free_sample.usual_dtype(checkpoint, torch.device("cuda")) == usual
-    assert train_free_sample.usual_dtype(checkpoint, torch.device("cpu")) == torch.float32
+    assert usual_dtype(checkpoint, torch.device("cuda")) == usual
+    assert usual_dtype(checkpoint, torch.device("cpu")) == torch.float32
 
 
 def test_sd3_without_t5(monkeypatch, tmp_path):
@@ -154,6 +157,21 @@ def test_sd3_without_t5(monkeypatch, tmp_path):
     assert call(monkeypatch, *options, str(tmp_path / "without.png"), "--no-t5") == 0
     pictures = [Image.open(tmp_path / name).tobytes() for name in ("with.png", "without.png")]
     assert pictures[0] != pictures[1]
+
+
+def test_any_command_line_ends_well():
+    """A seeded sample of `benchmarks/fuzz_commands.py`: a whole picture or one sentence."""
+    rng = random.Random(11)
+    for line in [draw(rng, False) for _ in range(12)]:
+        assert not (result := try_line(line, False))["wrong"], result
+
+
+def test_a_lone_surrogate_is_refused_in_a_prompt(tmp_path, monkeypatch, capsys):
+    """Bytes that are no UTF-8; a prompt in UTF-8 is understood whatever the locale has made of it."""
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "--prompt", "a \udcff", "--out", "p.png") == 2 and "U+DCFF" in capsys.readouterr().err
+    assert call(monkeypatch, "--steps", "1", "--prompt", "gr\udcc3\udcbcn", "--out", "p.png") == 0
+    assert Image.open("p.png").text["prompt"] == "grün"
 
 
 def test_without_guidance_one_branch_is_run(tmp_path, monkeypatch, capsys):
