@@ -98,6 +98,9 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     if request.t5 == "fp8" and not ("t5" in checkpoint.parts and checkpoint.dtype("t5") in FP8):
         raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this checkpoint has none: leave it out or give --t5 cpu.")
+    for name, text in (("prompt", request.prompt), ("negative-prompt", request.negative_prompt or "")):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that are no UTF-8 arrive so from the command line
+            raise UsageError(f"--{name} {ascii(text):.80} is not valid Unicode: type it again, in UTF-8.")
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)

@@ -59,10 +59,10 @@ def timeline(plans: Sequence[StepPlan], costs: Costs, delays: Mapping[str, float
                 lane = rank, operation.to
                 free[lane] = max(start, free.get(lane, 0.0)) + delays.get(operation.value.what, 0.0)
                 sent.setdefault(lane, []).append(free[lane])
+                bars.append(Bar(rank, step, start, start, "send", str(operation)))
             elif isinstance(operation, Receive):
                 clock[rank] = max(start, sent[operation.source, rank].pop(0))
-                if clock[rank] > start:
-                    bars.append(Bar(rank, step, start, clock[rank], "wait", str(operation)))
+                bars.append(Bar(rank, step, start, clock[rank], "wait", str(operation)))
     return bars
 
 
@@ -72,16 +72,29 @@ def length(bars: Sequence[Bar]) -> float:
 
 
 def draw(bars: Sequence[Bar], ranks: int, columns_per_unit: int = 16) -> str:
-    """The bars as text: a row a rank, a column a sixteenth of a network evaluation, # computes, . waits."""
+    """The bars as text: two rows a rank, a column a sixteenth of a network evaluation.
+
+    Above, # computes, | begins a part, . waits; below, where its messages leave (>) and are taken (<), or both (x).
+    """
     first = min(bar.start for bar in bars)
-    width = round((length(bars) - first) * columns_per_unit)
-    rows = [[" "] * width for _ in range(ranks)]
+    width = round((length(bars) - first) * columns_per_unit) + 1
+    work, mail = ([[" "] * width for _ in range(ranks)] for _ in range(2))
     for bar in bars:
         begin, end = (round((at - first) * columns_per_unit) for at in (bar.start, bar.end))
-        rows[bar.rank][begin:end] = ("#" if bar.what == "run" else ".") * (end - begin)
-        if bar.what == "run" and end > begin and begin:
-            rows[bar.rank][begin] = "|"
-    return "\n".join(f"  rank {rank}  {''.join(row).rstrip()}" for rank, row in enumerate(rows))
+        if bar.what == "run":
+            work[bar.rank][begin:end] = "#" * (end - begin)
+            if end > begin and begin:
+                work[bar.rank][begin] = "|"
+        else:
+            work[bar.rank][begin:end] = "." * (end - begin)
+            mark = "<" if bar.what == "wait" else ">"
+            mail[bar.rank][end] = mark if mail[bar.rank][end] in (" ", mark) else "x"
+    lines = []
+    for rank in range(ranks):
+        lines.append(f"  rank {rank}  {''.join(work[rank]).rstrip()}")
+        if any(mark != " " for mark in mail[rank]):
+            lines.append(f"          {''.join(mail[rank]).rstrip()}")
+    return "\n".join(lines)
 
 
 def message_bytes(task: Task) -> dict[str, int]:
@@ -113,7 +126,7 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     pipelined = [step for step, plan in enumerate(plans) if plan.stage == "parallelism"]
     middle = pipelined[0] if pipelined else 1
     shown = [bar for bar in bars if middle - 1 <= bar.step <= (pipelined[-1] if pipelined else 1) + 1]
-    pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, . waits, | begins a part)")
+    pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)")
     pieces.append(draw(shown, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)
     pieces.append(f"\nideal cost {cost:.1f} network evaluations, serial {2 * len(plans)}: speed-up {2 * len(plans) / cost:.2f}")

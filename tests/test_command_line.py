@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from official import tensors, write_sparse
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import train_free_sample
 from benchmarks.fuzz_commands import draw, try_line
+from hybridiff.options import usual_dtype
+from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)
 STAGES = ["warm-up", "parallelism", "fully-connecting"]
@@ -93,6 +97,7 @@ REFUSED = [
     ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
     ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--full-first", "1"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
+    ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"),
 ]  # fmt: skip
 
 
@@ -135,6 +140,15 @@ def test_check_says_what_is_there(capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     assert all(part in said for part in ("denoiser", "vae", "clip_l", "clip_g", "t5", "Nothing is missing"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stored, usual", [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float16), ("F8_E4M3", torch.float16)])
+def test_the_usual_precision(stored, usual, tmp_path):
+    """fp32 on the CPU; on CUDA bf16 if the denoiser is stored so, else fp16."""
+    names = {key: (stored, shape) for key, (_, shape) in tensors("sd3.5-medium.single").items()}
+    checkpoint = open_checkpoint(str(write_sparse(tmp_path / "m.safetensors", names)))
+    assert usual_dtype(checkpoint, torch.device("cuda")) == usual
+    assert usual_dtype(checkpoint, torch.device("cpu")) == torch.float32
 
 
 def test_sd3_without_t5(monkeypatch, tmp_path):
