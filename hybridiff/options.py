@@ -264,6 +264,7 @@ def asked_timeout() -> timedelta:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--timeout")
     try:
-        return timedelta(seconds=min(max(0.1, float(early.parse_known_args()[0].timeout or 600)), 1e6))
-    except (ValueError, SystemExit):
-        return timedelta(seconds=600)
+        seconds = float(early.parse_known_args()[0].timeout or 600)
+    except (ValueError, SystemExit, UsageError):
+        seconds = 600.0
+    return timedelta(seconds=seconds if 0.1 <= seconds <= 1e6 else 600.0)

@@ -13,6 +13,7 @@ from official import tensors, write_sparse
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
+import hybridiff.options
 import train_free_sample
 from benchmarks.fuzz_commands import draw, try_line
 from hybridiff.options import usual_dtype
@@ -170,8 +171,8 @@ def test_any_command_line_ends_well():
 def test_torchrun_passes_every_option_on(monkeypatch):
     """torchrun looks at the script's options too, and gives up where one begins like two of its own, as --start does."""
     options = []
-    monkeypatch.setattr(train_free_sample.Parser, "parse_args", lambda parser: options.extend(parser._option_string_actions))
-    train_free_sample.parse_arguments()
+    monkeypatch.setattr(hybridiff.options.Parser, "parse_args", lambda parser: options.extend(parser._option_string_actions))
+    hybridiff.options.parse_arguments()
     for option in options:
         told = get_args_parser().parse_args(["--standalone", str(SCRIPT), option, "5"])
         assert told.training_script_args == [option, "5"]
