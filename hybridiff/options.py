@@ -20,7 +20,7 @@ from hybridiff.transport import Transport, place
 from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
-SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --start and --reused steer
+SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --full-first and --reused steer
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--strategy", help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
         "guided-pipeline (one process or two ranks)")
     add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
-    add("--start", type=int, help="full steps before the first of them (default: 30%% of the steps)")
+    add("--full-first", type=int, help="full steps before the first saved one (default: 30%% of the steps)")
     add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
     add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
     add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
@@ -132,15 +132,15 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
     rule = replace(paper_rule(family, args.steps), **{key: value for key, value in given_rule.items() if value is not None})
     strategy = args.strategy or PRESETS[args.preset].strategy
-    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("start", "reused"), SAVING)):
+    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("full_first", "reused"), SAVING)):
         for name in names:
             if getattr(args, name) is not None and strategy not in whose:
-                raise UsageError(f"--{name} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
+                raise UsageError(f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
     guidance = either("guidance", GUIDANCE[family])
     if guidance <= 1:
         strategy = "one-branch"
     usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share)
-    given_reuse = {"start": args.start, "count": args.reused}
+    given_reuse = {"start": args.full_first, "count": args.reused}
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
     if args.compare_serial and not args.report:
@@ -264,6 +264,7 @@ def asked_timeout() -> timedelta:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--timeout")
     try:
-        return timedelta(seconds=min(max(0.1, float(early.parse_known_args()[0].timeout or 600)), 1e6))
-    except (ValueError, SystemExit):
-        return timedelta(seconds=600)
+        seconds = float(early.parse_known_args()[0].timeout or 600)
+    except (ValueError, SystemExit, UsageError):
+        seconds = 600.0
+    return timedelta(seconds=seconds if 0.1 <= seconds <= 1e6 else 600.0)
