@@ -122,7 +122,7 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
         noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
     denoiser = checkpoint.part("denoiser").module.to(request.dtype)
     strategy, sampler = plan_request(checkpoint, request, world=1)
-    return Task(denoiser, strategy.cut(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
+    return Task(denoiser, strategy.cuts(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
 
 
 @torch.inference_mode()
@@ -195,7 +195,7 @@ def generate(
 
     vae = checkpoint.config("vae")
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
-    task = Task(denoiser, strategy.cut(denoiser), sampler, conditioning, request.guidance, noise)
+    task = Task(denoiser, strategy.cuts(denoiser), sampler, conditioning, request.guidance, noise)
     records = []
     for record in denoise(task, strategy, settings, transport):
         records.append(record)

@@ -37,6 +37,16 @@ class MMDiTConfig:
     dual_blocks: int = 0  # the first so many blocks have a second self-attention over the image tokens (SD3.5-medium)
 
     @property
+    def segments(self) -> int:
+        """Into how many segments it can be cut at most."""
+        return self.depth
+
+    @property
+    def shared_blocks(self) -> int:
+        """How many blocks several devices can share by slices of the sequence: all."""
+        return self.depth
+
+    @property
     def multiple(self) -> int:
         """Height and width of the latents must be multiples of this."""
         return self.patch
@@ -346,6 +356,14 @@ class MMDiT(nn.Module):
     def nested_cut(self) -> tuple[int, int]:
         """A cut with work on both sides: the half of the blocks in the middle is inner."""
         return self.config.depth // 4, self.config.depth // 4 + self.config.depth // 2
+
+    def cuts(self, positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Cuts from positions between blocks, one segment after the other."""
+        return tuple(zip((0, *positions), positions))
+
+    def unit_sizes(self) -> list[float]:
+        """About the work in each block: they are alike."""
+        return [1.0] * self.config.depth
 
     def crossing(self, latents: torch.Size, text_tokens: int, cut: tuple[int, int]) -> tuple[Tokens, Tokens]:
         """Shapes of what leaves `entry` and of what leaves `inner`, for latents of shape (B, C, h, w)."""

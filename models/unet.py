@@ -42,6 +42,16 @@ class UNetConfig:
         return len(self.multipliers) * (self.blocks + 1)
 
     @property
+    def segments(self) -> int:
+        """Into how many segments it can be cut at most."""
+        return self.input_blocks
+
+    @property
+    def shared_blocks(self) -> int:
+        """How many blocks several devices can share: none."""
+        return 0
+
+    @property
     def multiple(self) -> int:
         """Height and width of the latents must be multiples of this: they may be any."""
         return 1
@@ -336,6 +346,20 @@ class UNet(nn.Module):
     def nested_cut(self) -> int:
         """A cut with work on both sides: the default one is."""
         return self.default_cut()
+
+    def cuts(self, depths: tuple[int, ...]) -> tuple[int, ...]:
+        """Nested cuts from the positions between units; a unit is an input block with its output block, the last with the middle."""
+        return depths
+
+    def unit_sizes(self) -> list[float]:
+        """About the work in each unit, whatever the size of the picture: parameters by positions at their level."""
+        sizes = []
+        for i, block in enumerate(self.input_blocks):
+            layers = [block, self.output_blocks[self.config.input_blocks - 1 - i]]
+            layers += [self.middle_block] if i == self.config.input_blocks - 1 else []
+            weights = sum(p.numel() for layer in layers for p in layer.parameters())
+            sizes.append(weights / 4 ** (i // (self.config.blocks + 1)))
+        return sizes
 
     def crossing(self, latents: torch.Size, text_tokens: int, cut: int) -> tuple[Features, Features]:
         """Shapes of what leaves `entry` and of what leaves `inner`, for latents (B, C, h, w); 0 < cut < input blocks."""

@@ -22,8 +22,8 @@ def results(tmp_path_factory):
     cases.append((("sdxl", "condition", 3, EARLY), {"guidance": 0.5}))
     cases += [((f, "one-branch", 3, EARLY), {"guidance": 0.5}) for f in FAMILIES]
     cases += [((f, "paper", 12, rule), {}) for f in FAMILIES for rule in (EARLY, CAPPED, TAIL)]
-    cases += [(("sdxl", "paper", 9, CAPPED), {"cut": cut}) for cut in (1, 3, 4, 6, 8)]
-    cases += [(("sd3", "paper", 9, CAPPED), {"cut": (0, 1)}), (("sd3", "paper", 9, CAPPED), {"cut": (0, 3)})]
+    cases += [(("sdxl", "paper", 9, CAPPED), {"cuts": (cut,)}) for cut in (1, 3, 4, 6, 8)]
+    cases += [(("sd3", "paper", 9, CAPPED), {"cuts": ((0, 1),)}), (("sd3", "paper", 9, CAPPED), {"cuts": ((0, 3),)})]
     cases += [((f, strategy, 12, SPARING), {}) for f in FAMILIES for strategy in OURS]
     return cases, run_on_ranks(tmp_path_factory.mktemp("ranks"), cases)
 
@@ -72,7 +72,7 @@ def test_pipelined_steps_use_features_of_the_step_before(family):
     steps, rule = 8, SwitchRule(window=50, cap=3, interval=2)  # filling step 3, pipelined steps 4 and 5
     played = run(family, "paper", steps, rule)["latents"]
     task = make_task(family, steps)
-    net, cut, cond, uncond = task.denoiser, task.cut, task.conditioning["cond"], task.conditioning["uncond"]
+    net, cut, cond, uncond = task.denoiser, task.cuts[0], task.conditioning["cond"], task.conditioning["uncond"]
     latents, previous = played[2], None
     with torch.inference_mode():
         for i in (3, 4, 5):
@@ -105,7 +105,7 @@ def test_nothing_reused_equals_serial(family, strategy):
 
 def by_hand(family: str, strategy: str, task, latents):
     """The guided predictions of steps 1 to 6 with steps 4 and 6 (in the pipeline, 3 to 6) saved; no schedule, no store."""
-    net, cut, guided = task.denoiser, task.cut, {}
+    net, cut, guided = task.denoiser, task.cuts[0], {}
     line = lambda old, new, a, b, i: type(new)(*(y + (i - b) / (b - a) * (y - x) for x, y in zip(old, new)))  # noqa: E731
     h, predictions = {}, {}  # (text, step) -> inner features, prediction
     for i in range(1, 7):
