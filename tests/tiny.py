@@ -18,13 +18,15 @@ from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.unet import UNet, UNetConditioning, UNetConfig
 
 UNET = UNetConfig(channels=16, depths=(0, 1, 1), middle_depth=1, heads=(1, 2, 4), context_width=24, vector_width=20, groups=8)
-MMDIT = MMDiTConfig(latent_channels=4, width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=12, qk_norm=True)
+MMDIT = MMDiTConfig(latent_channels=4, width=32, depth=6, heads=2, context_width=24, pooled_width=20, positions=12, qk_norm=True)
 
 
-def make_task(family: str, steps: int, seed: int = 0, guidance: float = 5.0, sampler: str | None = None, cuts=None, nested: bool = False) -> Task:
+def make_task(
+    family: str, steps: int, seed: int = 0, guidance: float = 5.0, sampler: str | None = None, cuts=None, nested: bool = False, dual: int = 0
+) -> Task:
     """A task on random weights; the same seed gives the same task in every process."""
     torch.manual_seed(seed)
-    denoiser = UNet(UNET) if family == "sdxl" else MMDiT(MMDIT)
+    denoiser = UNet(UNET) if family == "sdxl" else MMDiT(replace(MMDIT, dual_blocks=dual))
     for tensor in denoiser.state_dict().values():  # no zeros that could hide a wrong path
         tensor.normal_(std=0.08)
     kind = UNetConditioning if family == "sdxl" else MMDiTConditioning
