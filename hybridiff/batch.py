@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from hybridiff.ending import say
 from hybridiff.errors import UsageError
 from hybridiff.pipeline import agree
 from hybridiff.report import write_whole
@@ -177,7 +178,7 @@ class Progress:
         done = self.transport.add("jobs ended")
         left = (time.monotonic() - self.start) / done * (self.total - done)
         rest = f", about {duration(left)} left" if done < self.total else ""
-        print(f"{done}/{self.total} {words}{rest}", flush=True)
+        say(f"{done}/{self.total} {words}{rest}")
 
 
 def duration(seconds: float) -> str:

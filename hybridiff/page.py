@@ -215,6 +215,23 @@ def bytes_section(report: dict) -> str:
     return "<h2>Bytes sent</h2>" + table(["what", "bytes"], [*rows, ["together", f"{sent['total']:,}"]])
 
 
+def memory_section(report: dict) -> str:
+    """The highest memory of every rank in every phase."""
+    ranks = report["memory"]
+    head = [f"rank {rank}{', GPU' if where == 'gpu' else ''}" for rank, told in enumerate(ranks) for where in told["peak"]]
+    phases = list(dict.fromkeys(phase for told in ranks for phase in told["phases"]))  # rank 0 alone decodes
+
+    def row(name: str, sizes: list[dict]) -> list[str]:
+        return [name, *(f"{size[where] / 1e6:,.0f}" if where in size else "" for told, size in zip(ranks, sizes) for where in told["peak"])]
+
+    rows = [row(phase, [told["phases"].get(phase, {}) for told in ranks]) for phase in phases]
+    rows.append(row("the highest", [told["peak"] for told in ranks]))
+    return (
+        "<h2>Memory</h2><p>The most that each rank had at once, in MB: memory of the host as the operating system counts it (mapped weight files are in it, also where "
+        "ranks share them)" + (", and what was allocated on the GPU." if "gpu" in ranks[0]["peak"] else ".") + "</p>" + table(["phase, MB", *head], rows)
+    )
+
+
 def make_page(report: dict, request: Request, result: Result, serial: Tensor | None = None) -> str:
     """The page as text, from the report and the image; `serial`, (H, W, 3) uint8, is the same prompt's picture by serial."""
     settings, steps = report["settings"], len(report["steps"])
@@ -238,11 +255,13 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         "<p>A diffusion model begins with noise and takes it away step by step. In every step the network is asked twice, with the prompt and "
         "without it, and the difference is amplified (<i>classifier-free guidance</i>). Two devices can share that work: this page shows how it went.</p>",
         pictures(report, result.image, serial),
+        f"<p><b>Exact:</b> {escape(report['exact']['words'])}.</p>",
         f'<div class="facts">{cards}</div>',
         stages_section(report),
         *([curve_section(report, request, switch)] if any(step["discrepancy"] is not None for step in report["steps"]) else []),
         timeline_section(report, result),
         bytes_section(report),
+        memory_section(report),
         "<h2>Seconds by phase</h2>" + table(["phase", "seconds"], phases),
         "<h2>Settings and versions</h2>" + table([], plain, numbers=False),
         '<p class="soft">The method: Jung et al., Accelerating Diffusion via Hybrid Data-Pipeline Parallelism Based on Conditional '
@@ -255,4 +274,4 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
 
 def save_page(page: str, folder: Path) -> None:
     """Write folder/report.html."""
-    write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace"))

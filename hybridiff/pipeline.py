@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import SharedError, UsageError, require_finite
+from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
-from hybridiff.schedule import Run
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
-from hybridiff.tiles import decode_tiled
-from hybridiff.timeline import plan_all
+from hybridiff.tiles import LARGE, decode_tiled
+from hybridiff.timeline import runs_of
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
@@ -26,7 +26,7 @@ from weights.load import Checkpoint, WeightsError
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
 SIDE = 1024
-LARGE = 2**20  # pixels beyond which `tiles` decodes in tiles
+LARGEST = 2**16  # pixels a side
 WORTH_SPLITTING = 2**18  # pixels from which the ranks decode together
 OVERLAP = 18  # latents that neighbouring tiles share
 
@@ -60,6 +60,7 @@ class Result:
     seconds: dict[str, float]  # by phase
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
+    memory: list[dict]  # of every rank, see memory.MemoryWatch.told
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
@@ -72,6 +73,8 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
             raise UsageError(f"--{name} {side} does not fit this network: give a positive multiple of {multiple}.")
         if largest is not None and side > largest * factor:
             raise UsageError(f"--{name} {side} is beyond this network's positions: give at most {largest * factor}.")
+        if side > LARGEST:
+            raise UsageError(f"--{name} {side} is too large: give at most {LARGEST}.")
 
 
 def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) -> tuple[Strategy, Sampler]:
@@ -82,9 +85,13 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     strategy = known[request.strategy]
     if request.strategy == "one-branch" and request.guidance > 1:
         raise UsageError(f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}.")
-    if world not in (None, 1, strategy.ranks) and request.strategy != "one-branch":
-        counts = "1 process" if strategy.ranks == 1 else f"1 process or {strategy.ranks} ranks"
-        raise UsageError(f"--strategy {request.strategy} runs on {counts}, not on {world}: set --nproc_per_node so.")
+    config = checkpoint.config("denoiser")
+    counts = strategy.counts(config)
+    if world in counts:
+        strategy = strategy.on(world, config)
+    elif world not in (None, 1) and request.strategy != "one-branch":
+        possible = f"1 process{f' or {in_words(counts)} ranks' if counts != [1] else ''}{' with this network' if strategy.many else ''}"
+        raise UsageError(f"--strategy {request.strategy} runs on {possible}, not on {world}: set --nproc_per_node so.")
     rule = request.rule
     for name, value, least in (("window", rule.window, 1), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
         if value < least:
@@ -94,9 +101,16 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     if request.t5 == "fp8" and not ("t5" in checkpoint.parts and checkpoint.dtype("t5") in FP8):
         raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this checkpoint has none: leave it out or give --t5 cpu.")
+    for name, text in (("prompt", request.prompt), ("negative-prompt", request.negative_prompt or "")):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that are no UTF-8 arrive so from the command line
+            raise UsageError(f"--{name} {ascii(text):.80} is not valid Unicode: type it again, in UTF-8.")
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
+    if strategy.ranks > 2 and config.shared_blocks:
+        rows = request.height // (config.multiple * checkpoint.config("vae").factor)
+        if rows < strategy.ranks // 2:
+            raise UsageError(f"--height {request.height} is {rows} rows of patches, too few for {strategy.ranks} ranks: take fewer ranks.")
     shift = checkpoint.defaults.get("shift", 3.0)  # what the folder's scheduler says
     return strategy, make_sampler(checkpoint.family, request.sampler, request.steps, shift)
 
@@ -107,7 +121,13 @@ def draw_noise(channels: int, height: int, width: int, seed: int) -> Tensor:
     return torch.randn(1, channels, height, width, generator=generator)
 
 
-def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
+def in_words(numbers: Sequence[int]) -> str:
+    """2, 4 or 6."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def meta_task(checkpoint: Checkpoint, request: Request, world: int = 1) -> Task:
     """The task of a request on the meta device: shapes and dtypes of everything, no weights read, nothing computed."""
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
     tokens = checkpoint.config("clip_l").positions
@@ -121,7 +141,7 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
         told = kind(*(torch.empty(shape, dtype=request.dtype) for shape in shapes))
         noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
     denoiser = checkpoint.part("denoiser").module.to(request.dtype)
-    strategy, sampler = plan_request(checkpoint, request, world=1)
+    strategy, sampler = plan_request(checkpoint, request, world)
     return Task(denoiser, strategy.cuts(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
 
 
@@ -146,11 +166,16 @@ def decode(
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
 
 
+def decoded_together(request: Request, ranks: int) -> bool:
+    """Whether the ranks share the rows of a picture: where it is large, and need not be exactly the picture of one device."""
+    exact = request.strategy in ("serial", "batched", "condition", "one-branch")
+    return ranks > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+
+
 def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> list[str]:
     """The texts ("cond", "uncond") under which the ranks of this process run parts of the network: each rank encodes only its own."""
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank % strategy.ranks]
-    runs = [op for plan in plan_all(strategy, settings) for rank in here for op in plan.operations[rank] if isinstance(op, Run)]
-    run_under = {run.text for run in runs}
+    run_under = {run.text for rank in here for run in runs_of(strategy, settings, rank)}
     return [text for text in ("cond", "uncond") if text in run_under or "both" in run_under]
 
 
@@ -174,10 +199,12 @@ def generate(
     """
     strategy, sampler = plan_request(checkpoint, request, transport.world)
     seconds: dict[str, float] = {}
+    memory = MemoryWatch(device)
 
     def clock(phase: str, start: float) -> float:
         now = time.perf_counter()
         seconds[phase] = seconds.get(phase, 0.0) + now - start
+        memory.note(phase)
         return now
 
     now, transport.doing = time.perf_counter(), "text"
@@ -200,6 +227,7 @@ def generate(
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
         seconds[record.stage] = seconds.get(record.stage, 0.0) + record.seconds
+        memory.note(record.stage)
         on_step(record)
     bytes_sent = transport.finish()
     bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
@@ -214,9 +242,8 @@ def generate(
     agree(transport, problem)
 
     now, transport.doing, transport.step = time.perf_counter(), "decode", -1
-    exact = request.strategy in ("serial", "batched", "condition", "one-branch")  # the picture of one device: decoded as there
-    split = transport.world > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+    split = decoded_together(request, transport.world)
     here = split or transport.rank == 0
     image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
     clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent), bars)
+    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.told()))

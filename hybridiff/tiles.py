@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, Decoder, ResidualBlock
 
+LARGE = 2**20  # pixels beyond which pictures are decoded in tiles where that is asked for
 Step = tuple[nn.GroupNorm, Callable[..., tuple[Tensor, ...]]]
 
 

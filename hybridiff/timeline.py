@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridiff.clock import Bar
 from hybridiff.denoise import Task, Worker
-from hybridiff.schedule import Receive, Run, Send, StepPlan, Value, bytes_sent, entry, inner, interleave, keys
+from hybridiff.schedule import Operation, Receive, Run, Send, StepPlan, Value, bytes_sent, entry, inner, interleave, keys
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox
 
@@ -77,10 +77,10 @@ def timeline(plans: Sequence[StepPlan], costs: Costs, delays: Mapping[str, float
                 lane = rank, operation.to
                 free[lane] = max(start, free.get(lane, 0.0)) + delays.get(operation.value.what, 0.0)
                 sent.setdefault(lane, []).append(free[lane])
+                bars.append(Bar(rank, step, start, start, "send", str(operation)))
             elif isinstance(operation, Receive):
                 clock[rank] = max(start, sent[operation.source, rank].pop(0))
-                if clock[rank] > start:
-                    bars.append(Bar(rank, step, start, clock[rank], "wait", str(operation)))
+                bars.append(Bar(rank, step, start, clock[rank], "wait", str(operation)))
     return bars
 
 
@@ -90,16 +90,29 @@ def length(bars: Sequence[Bar]) -> float:
 
 
 def draw(bars: Sequence[Bar], ranks: int, columns_per_unit: int = 16) -> str:
-    """The bars as text: a row a rank, a column a sixteenth of a network evaluation, # computes, . waits."""
+    """The bars as text: two rows a rank, a column a sixteenth of a network evaluation.
+
+    Above, # computes, | begins a part, . waits; below, where its messages leave (>) and are taken (<), or both (x).
+    """
     first = min(bar.start for bar in bars)
-    width = round((length(bars) - first) * columns_per_unit)
-    rows = [[" "] * width for _ in range(ranks)]
+    width = round((length(bars) - first) * columns_per_unit) + 1
+    work, mail = ([[" "] * width for _ in range(ranks)] for _ in range(2))
     for bar in bars:
         begin, end = (round((at - first) * columns_per_unit) for at in (bar.start, bar.end))
-        rows[bar.rank][begin:end] = ("#" if bar.what == "run" else ".") * (end - begin)
-        if bar.what == "run" and end > begin and begin:
-            rows[bar.rank][begin] = "|"
-    return "\n".join(f"  rank {rank}  {''.join(row).rstrip()}" for rank, row in enumerate(rows))
+        if bar.what == "run":
+            work[bar.rank][begin:end] = "#" * (end - begin)
+            if end > begin and begin:
+                work[bar.rank][begin] = "|"
+        else:
+            work[bar.rank][begin:end] = "." * (end - begin)
+            mark = "<" if bar.what == "wait" else ">"
+            mail[bar.rank][end] = mark if mail[bar.rank][end] in (" ", mark) else "x"
+    lines = []
+    for rank in range(ranks):
+        lines.append(f"  rank {rank}  {''.join(work[rank]).rstrip()}")
+        if any(mark != " " for mark in mail[rank]):
+            lines.append(f"          {''.join(mail[rank]).rstrip()}")
+    return "\n".join(lines)
 
 
 def message_bytes(task: Task) -> dict[str, int]:
@@ -119,7 +132,8 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     bars = timeline(plans, costs)
     drawn = ", drawn for a switch by the cap" if name == "paper" else ""
     pieces = [f"{name}: {settings.steps} steps on {strategy.ranks} rank(s){drawn}"]
-    shares = ", ".join(f"{part} {costs[part]:.0%}" for part in ("entry", "inner", "exit"))
+    parts = [run.unit for plan in plans for run in plan.runs() if run.part != "whole" and not run.of] if strategy.ranks > 2 else ()
+    shares = ", ".join(f"{part} {costs[part]:.0%}" for part in dict.fromkeys(parts or ("entry", "inner", "exit")))
     pieces.append(f"shares of the network by floating-point operations: {shares}")
     start = 0
     for step in range(1, len(plans) + 1):
@@ -130,17 +144,47 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     pipelined = [step for step, plan in enumerate(plans) if plan.stage == "parallelism"]
     middle = pipelined[0] if pipelined else 1
     shown = [bar for bar in bars if middle - 1 <= bar.step <= (pipelined[-1] if pipelined else 1) + 1]
-    pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, . waits, | begins a part)")
+    pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)")
     pieces.append(draw(shown, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)
     pieces.append(f"\nideal cost {cost:.1f} network evaluations, serial {2 * len(plans)}: speed-up {2 * len(plans) / cost:.2f}")
+    pieces += [idle] if (idle := idle_ranks(plans)) else []
     pieces.append(f"bytes sent: {sent.total():,} ({', '.join(f'{kind} {count:,}' for kind, count in sent.items())})")
     return "\n".join(pieces)
 
 
+def idle_ranks(plans: Sequence[StepPlan]) -> str | None:
+    """A sentence on ranks that have nothing to run in the full steps, if there are any."""
+    full = [plan for plan in plans if plan.stage != "parallelism"] or plans
+    idle = [rank for rank in range(len(full[0].operations)) if not any(plan.runs(rank) for plan in full)]
+    if not idle:
+        return None
+    busy = any(plan.runs(rank) for plan in plans for rank in idle)
+    told = f"rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
+    return f"{told}: idle {'outside of the middle stage' if busy else 'all the time'}, because this network's full steps cannot be divided within a branch"
+
+
 def table(plan: StepPlan) -> str:
-    """The operations of every rank, a column each."""
-    rows = max(len(operations) for operations in plan.operations)
-    cells = [[f"rank {rank}", *map(str, ops), *[""] * (rows - len(ops))] for rank, ops in enumerate(plan.operations)]
-    widths = [max(map(len, column)) for column in cells]
-    return "\n".join("  " + "   ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in zip(*cells))
+    """The operations of every rank, a column each, two columns beside each other."""
+    lists = [[f"rank {rank}", *shortened(operations)] for rank, operations in enumerate(plan.operations)]
+    pieces = []
+    for columns in (lists[rank : rank + 2] for rank in range(0, len(lists), 2)):
+        rows = max(map(len, columns))
+        cells = [column + [""] * (rows - len(column)) for column in columns]
+        widths = [max(map(len, column)) for column in cells]
+        pieces.append("\n".join("  " + "   ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in zip(*cells)))
+    return "\n\n".join(pieces)
+
+
+def shortened(operations: Sequence[Operation]) -> list[str]:
+    """Operations in words; those of all blocks but the first, which are alike, in one line."""
+    blocks = [getattr(operation.value if isinstance(operation, (Send, Receive)) else operation, "block", 0) for operation in operations]
+    words = [str(operation) if block == 0 else f"the same for blocks 1 to {max(blocks)}" for operation, block in zip(operations, blocks)]
+    return list(dict.fromkeys(words)) if any(blocks) else words
+
+
+def runs_of(strategy: Strategy, settings: Settings, rank: int) -> list[Run]:
+    """All that a rank may have to run of the network, whenever the switch comes: as early as it can, by the slope, or by the cap."""
+    level = [1.0] * settings.steps
+    early = [strategy.plan(step, level[:step], settings) for step in range(settings.steps)]
+    return list(dict.fromkeys(run for plan in [*early, *plan_all(strategy, settings)] for run in plan.runs(rank)))

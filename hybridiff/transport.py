@@ -10,6 +10,7 @@ message; each then carries a label with its step, name, shapes and dtypes, which
 import itertools
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridiff.ending import say
-from hybridiff.errors import UsageError
+from hybridiff.errors import SharedError, UsageError
 from hybridiff.schedule import Value
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
@@ -53,6 +54,7 @@ class Transport:
     rank, world = 0, 1  # within the team
     team, teams = 0, 1
     step = -1  # outside of the loop
+    route = ""  # how values travel, in words
     doing: object = "the start"  # the phase or operation that this process is in, for what is said when it fails
 
     def __init__(self) -> None:
@@ -84,8 +86,10 @@ class Mailbox(Transport):
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         return self.mail[sender, to].popleft()
 
-    def open_lanes(self, device: torch.device) -> None:
+    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
         """Nothing to open within one process."""
+        if wish == "nccl":
+            raise UsageError("--transport nccl: there is one process, which sends nothing; leave it out, or start ranks by torchrun.")
 
     def divide(self, size: int) -> None:
         """One process is one team, of whatever size."""
@@ -101,6 +105,9 @@ class Mailbox(Transport):
 
     def until_all_come(self) -> None:
         """Nobody to wait for."""
+
+    def leave(self) -> None:
+        """Nobody to leave."""
 
     def finish(self) -> Counter[str]:
         """Bytes by kind over all ranks since the last call."""
@@ -127,6 +134,7 @@ class Ranks(Transport):
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
+        self.farewells = None  # the group of `watch_peers`
         self.under_way: deque[tuple[dist.Work, Tensor]] = deque()  # sends keep their tensors alive until they are done
 
     @contextmanager
@@ -165,11 +173,16 @@ class Ranks(Transport):
         """The step or the phase, in words."""
         return f" in step {self.step}" if self.step >= 0 else f" ({self.doing})"
 
-    def open_lanes(self, device: torch.device) -> None:
-        """Make the lanes for values that lie on `device`; every rank must call it."""
-        own_gpu = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) <= torch.cuda.device_count()
-        nccl = device.type == "cuda" and dist.is_nccl_available() and own_gpu
-        self.backend = "nccl" if all(self.gather(nccl)) else "gloo"
+    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
+        """Make the lanes for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank must call it. UsageError where NCCL cannot be had."""
+        told = self.gather((nccl_problem(device), f"{socket.gethostname()} {device}"))
+        problem = next((problem for problem, _ in told if problem), None)
+        if problem is None and len({where for _, where in told}) < len(told):
+            problem = "several ranks are on one GPU, and NCCL needs one each"
+        if wish == "nccl" and problem:
+            raise SharedError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
+        self.backend = "gloo" if problem or wish == "gloo" else "nccl"
+        self.route = ", " + self.backend + (" through host memory" if self.backend == "gloo" and device.type == "cuda" else "")
         self.device = device
         self.wire = device if self.backend == "nccl" else torch.device("cpu")  # where values lie while they travel
         with self.waiting("the other ranks to connect"):
@@ -179,6 +192,38 @@ class Ranks(Transport):
                 for pair in itertools.permutations(members, 2)
             }
         self.lanes = {(a, b): lanes.get((self.members[a], self.members[b])) for a, b in itertools.permutations(range(self.world), 2)}
+
+        if self.backend == "nccl":
+            self.watch_peers()
+
+    def watch_peers(self) -> None:
+        """End this process when a rank of its team ends early: NCCL would wait for it until the timeout. Every rank must call it.
+
+        A thread for each of them waits, over gloo, for the word that `leave` sends.
+        """
+        with self.waiting("the other ranks to connect"):
+            self.farewells = dist.new_group(timeout=timedelta(days=30), backend="gloo")
+
+        def watch(rank: int) -> None:
+            try:
+                dist.recv(torch.zeros(1), self.members[rank], group=self.farewells)
+            except RuntimeError:
+                say(f"rank {self.rank} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
+                os._exit(1)
+
+        for rank in range(self.world):
+            if rank != self.rank:
+                threading.Thread(target=watch, args=(rank,), daemon=True).start()
+
+    def leave(self) -> None:
+        """The end of all work: nobody leaves before all ranks of the team have come here."""
+        self.gather("done")
+        if self.farewells is not None:
+            words = [dist.isend(torch.ones(1), self.members[rank], group=self.farewells) for rank in range(self.world) if rank != self.rank]
+            with self.waiting("the other ranks to leave"):
+                for word in words:
+                    word.wait()
+        disconnect()
 
     def arrived(self, sender: int, to: int) -> bool:
         """Always: `receive` waits by itself."""
@@ -226,20 +271,22 @@ class Ranks(Transport):
     def gather(self, word: object) -> list:
         """Every rank's small object, on every rank of the team."""
         told = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8)
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        words: list = [word] * self.world
-        with self.waiting("its word to be taken"):
-            sends = [dist.isend(tensor, self.members[to]) for to in others for tensor in (torch.tensor([len(told)]), told)]
-        for rank in others:  # one by one, so that it is known whose word does not come
+        words, sends = [word] * self.world, []
+        others = [rank for rank in range(self.world) if rank != self.rank]  # one by one, so that it is known whose word does not come
+        for rank in others:
+            with self.waiting(f"rank {rank} to take a word"):
+                sends.append([dist.isend(tensor, self.members[rank]) for tensor in (torch.tensor([len(told)]), told)])
+        for rank in others:
             size = torch.zeros(1, dtype=torch.int64)
             with self.waiting(f"a word from rank {rank}"):
                 dist.recv(size, self.members[rank])
                 theirs = torch.empty(int(size), dtype=torch.uint8)
                 dist.recv(theirs, self.members[rank])
             words[rank] = pickle.loads(theirs.numpy().tobytes())
-        with self.waiting("its word to be taken"):
-            for send in sends:
-                send.wait()
+        for rank, works in zip(others, sends):
+            with self.waiting(f"rank {rank} to take a word"):
+                for work in works:
+                    work.wait()
         return words
 
     def add(self, name: str, amount: int = 1) -> int:
@@ -287,6 +334,16 @@ def no_meeting(error: BaseException) -> str | None:
     if isinstance(error, ValueError):
         return f"{address} is no place to meet (MASTER_ADDR, MASTER_PORT); start them by torchrun."
     return None
+
+
+def nccl_problem(device: torch.device) -> str | None:
+    """Why NCCL cannot carry this rank's values, None where it can."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", place()[1])), torch.cuda.device_count()
+    if device.type != "cuda":
+        return f"the values lie on the {device.type}, and NCCL carries those of CUDA devices only"
+    if not dist.is_nccl_available():
+        return "this build of torch has no NCCL"
+    return f"{here} ranks share {gpus} GPU(s) here, and NCCL needs one each" if here > gpus else None
 
 
 def place() -> tuple[int, int, int]:

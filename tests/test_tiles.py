@@ -1,5 +1,8 @@
 """Decoding in tiles against decoding whole: `close`, above 55 dB; the group norms see the whole picture in both."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +43,7 @@ def test_tiles_make_the_picture_of_the_whole(name: str, size: tuple[int, int]):
     torch.manual_seed(1)
     latents = F.interpolate(torch.randn(1, vae.config.latent_channels, 5, 5), size, mode="bicubic")
     latents[:, :, :12, :10] = 2 * torch.randn(latents[:, :, :12, :10].shape) + 1
-    whole, tiled = vae.decode(latents), decode_tiled(vae, latents, tile=40, overlap=18)
+    whole, tiled = vae.decode(latents), decode_tiled(vae, latents, tile=(40, 40), overlap=18)
     assert tiled.shape == whole.shape and psnr(whole, tiled) > 55
     assert len(spans(size[0], 40, 18)) * len(spans(size[1], 40, 18)) > 1
 
@@ -61,3 +64,30 @@ def test_tiles_cover_every_place(size: int):
 def test_one_tile_is_the_whole():
     vae, latents = random_autoencoder(), torch.randn(2, 4, 12, 16)
     torch.testing.assert_close(decode_tiled(vae, latents), vae.decode(latents), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_ranks_share_a_decode():
+    """Two threads play the ranks: `equal` between them, `close` to the same tiles on one (sums in another order), above 50 dB to the whole."""
+    vae = open_checkpoint("demo-sdxl").load("vae", torch.float32, decoder_only=True)
+    torch.manual_seed(1)
+    latents = F.interpolate(torch.randn(1, 4, 5, 5), (64, 48), mode="bicubic")
+    told: list[list[Tensor]] = [[], []]  # what each rank gave, in order
+    gate = threading.Barrier(2)
+
+    def on_rank(rank: int) -> Tensor:
+        def gather(tensor: Tensor) -> list[Tensor]:
+            told[rank].append(tensor)
+            gate.wait(60)
+            both = [each[len(told[rank]) - 1] for each in told]
+            gate.wait(60)
+            return both
+
+        with torch.inference_mode():
+            return decode_tiled(vae, latents, (50, 48), 18, rank, 2, gather)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(on_rank, range(2))
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, decode_tiled(vae, latents, (50, 48), 18), rtol=1e-4, atol=1e-4)
+    assert psnr(one, vae.decode(latents)) > 50

@@ -63,6 +63,10 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries and the metadata of a file; WeightsError unless the file is whole and well formed."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise WeightsError(f"{ascii(str(path))} is not a name in UTF-8, which the package safetensors needs: rename it.") from None
+    try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise WeightsError(f"{path} is not a file.")
         with open(path, "rb") as file:

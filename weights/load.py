@@ -6,7 +6,7 @@ twice: on the CPU, in the dtype of the file, the parameters are the memory-mappe
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,21 +37,39 @@ class Checkpoint:
 
     keep = False
 
-    def __init__(self, contents: Contents, t5_file: str | None = None, notes: Mapping[str, list[str]] | None = None):
+    def __init__(self, contents: Contents, t5_file: str | None = None):
         self.family, self.layout, self.path = contents.family, contents.layout, contents.path
-        self.defaults, self.notes, self.zero_negative = contents.defaults, notes or {}, contents.zero_negative
+        self.defaults, self.zero_negative = contents.defaults, contents.zero_negative
+        self.notes: dict[str, list[str]] = {}
         self.remarks = contents.remarks
         self.t5_length, self.t5_file = contents.t5_length or T5_LENGTH, t5_file and os.path.expanduser(t5_file)
         self.fitted: dict[str, Fitted] = {
             name: check_part(name, contents.parts[name], self.family) for name in PARTS if name in contents.parts
         }
         check_together(self.path, self.family, {name: part.config for name, part in self.fitted.items()})
+        self.tokenizers: dict[str, CLIPTokenizer | T5Tokenizer | T5JsonTokenizer] = {}  # those that were asked for
         self.kept: dict[tuple, nn.Module] = {}  # arguments of `load` -> module
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts that are there, in the order of PARTS."""
-        return tuple(self.fitted)
+        return tuple(name for name in PARTS if name in self.fitted)
+
+    def look_beside(self) -> None:
+        """Text encoders that an SD3 file lacks, from the files beside it: the largest that fits, and notes why others do not."""
+        found, self.notes = read_beside(self.path, [part for part in ("clip_l", "clip_g", "t5") if part not in self.fitted])
+        for part, candidates in found.items():
+            for candidate in candidates:
+                try:
+                    fitted = check_part(part, candidate, self.family)
+                    configs = {name: other.config for name, other in self.fitted.items()} | {part: fitted.config}
+                    check_together(candidate.place, self.family, configs)
+                except WeightsError as error:
+                    self.notes.setdefault(part, []).append(str(error).rstrip("."))
+                else:
+                    self.fitted[part] = fitted
+                    self.notes.pop(part, None)
+                    break
 
     def leave_out(self, name: str) -> None:
         """Go on as if there were no such part (T5 can be done without)."""
@@ -122,6 +140,12 @@ class Checkpoint:
 
     def tokenizer(self, part: str) -> CLIPTokenizer | T5Tokenizer | T5JsonTokenizer:
         """The tokenizer of a text encoder: text -> ids [1, length]. CLIP-L pads with the end token, bigG with 0."""
+        if part not in self.tokenizers:
+            self.tokenizers[part] = self.make_tokenizer(part)
+        return self.tokenizers[part]
+
+    def make_tokenizer(self, part: str) -> CLIPTokenizer | T5Tokenizer | T5JsonTokenizer:
+        """A tokenizer from its files."""
         config = self.config(part)
         folder = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}[part]
         home = self.path if self.layout == "folder" else self.path.parent
@@ -141,16 +165,16 @@ def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str |
     try:
         path = locate(name)
         contents = read_folder(path) if path.is_dir() else read_single(path)
-        parts, notes = dict(contents.parts), {}
+        parts = dict(contents.parts)
         for file in text_encoders:
             part, found = read_encoder(Path(os.path.expanduser(file)))
             if part not in PREFIXES[contents.family]:
                 raise WeightsError(f"{file} is a {part} text encoder, which {contents.family.upper()} does not have.")
             parts[part] = found
+        checkpoint = Checkpoint(replace(contents, parts=parts), t5_file)
         if (contents.family, contents.layout) == ("sd3", "single"):
-            found, notes = read_beside(path, [part for part in ("clip_l", "clip_g", "t5") if part not in parts])
-            parts |= found
-        return Checkpoint(replace(contents, parts=parts), t5_file, notes)
+            checkpoint.look_beside()
+        return checkpoint
     except OSError as error:
         raise WeightsError(f"{ascii(name):.200} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:  # a path with a null byte

@@ -32,6 +32,14 @@ FOLDERS = {  # family -> part -> its sub-folder
     "sd3": {"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
             "t5": "text_encoder_3"},
 }  # fmt: skip
+FIXED = {  # fields of a part's config.json that no tensor tells, and their only values here
+    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "addition_embed_type": "text_time",
+             "class_embed_type": None, "resnet_time_scale_shift": "default", "mid_block_scale_factor": 1, "dual_cross_attention": False},
+    "mmdit": {},
+    "vae": {"act_fn": "silu", "latents_mean": None},  # the latter: Playground normalises channel by channel
+    "clip": {"layer_norm_eps": 1e-5},
+    "t5": {"layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu"},
+}  # fmt: skip
 OTHER_FLOWS = (  # fields of a flow scheduler_config.json that, set, make another schedule of it
     "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
     "use_beta_sigmas", "stochastic_sampling",
@@ -45,16 +53,18 @@ SAMPLED = {  # fields that belong to the sampler, and what the samplers here do
     "use_beta_sigmas": False, "thresholding": False,
 }  # fmt: skip
 IGNORED = re.compile(  # tensors outside the parts that some files hold and nobody needs
-    r"model_ema\..*|denoiser\.sigmas|model\.model_sampling\.sigmas|text_encoders\.\w+\.logit_scale"
+    r"model_ema\..*|denoiser\.sigmas|model\.model_sampling\.sigmas|(text_encoders\.\w+|conditioner\.embedders\.0)\.logit_scale"
     r"|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?|betas"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)"
 )
 V_PREDICTION = r"(v_pred|ztsnr)$|edm_vpred\."
+VARIANT = "an SDXL variant with v-prediction or another noise schedule"
 OTHER_KINDS = (  # what else is found under the name .safetensors
     (r".*(lora_|\.lora\.|\.lokr_|\.hada_|\.dora_scale|\.alpha$)", "a LoRA, which is no model of its own: merge it into"
      " one first"),
     (r"(control_model|controlnet_|input_hint_block)", "a ControlNet, which is not run here"),
-    (V_PREDICTION, "an SDXL variant with v-prediction, which is not run here"),
+    (V_PREDICTION, f"{VARIANT}, which is not run here"),
+    (r"(.*\.)?scaled_fp8$", "a file of fp8 weights with scales, which is not run here: fetch the fp16 or plain fp8 file"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model: only SDXL and SD3 are run here"),
     (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner: only the base model is run here"),
     (r"cond_stage_model\.|model\.diffusion_model\.input_blocks\.", "a Stable Diffusion 1 or 2 model: only SDXL and SD3"
@@ -110,8 +120,10 @@ def read_single(path: Path) -> Contents:
     entries, metadata = read_header(path)
     config = own_config(path, metadata)
     stem = "model.diffusion_model."
-    if any(re.match(V_PREDICTION, key) for key in entries):
-        raise WeightsError(f"{path} is {other_kind([key for key in entries if re.match(V_PREDICTION, key)])}.")
+    if marks := [key for key in entries if re.match(V_PREDICTION, key) or key.endswith("scaled_fp8")]:
+        raise WeightsError(f"{path} is {other_kind(marks)}.")
+    if metadata.get("modelspec.prediction_type", "")[:1] == "v":  # as kohya-ss/sd-scripts writes it
+        raise WeightsError(f"{path} is {VARIANT}, which is not run here.")
     if any(key.startswith(stem + "joint_blocks.") for key in entries):
         family = "sd3"
     elif stem + "label_emb.0.0.weight" in entries and not any(
@@ -202,21 +214,13 @@ def read_folder(path: Path) -> Contents:
         folder, kind = path / name, kind_of(part, family)
         if folder.is_dir() and (part == "denoiser" or any(folder.iterdir())):
             config = read_json(folder / "config.json")
-            if part == "vae" and config.get("latents_mean") is not None:
-                raise WeightsError(f"{folder} normalises latents channel by channel, as Playground does, which is not"
-                                   " done here.")
+            require(folder / "config.json", config, FIXED[kind])
             parts[part] = Part(kind, folder, folder_entries(folder), given_by_json(kind, config))
-    keys = parts["denoiser"].entries
-    marks = {"sdxl": "add_embedding.linear_1.weight", "sd3": "pos_embed.pos_embed"}
-    if marks[family] not in keys:
-        raise WeightsError(f"{path / FOLDERS[family]['denoiser']} is neither SDXL's U-Net nor SD3's MMDiT; its tensors:"
-                           f" {some(list(keys)) or 'none'}.")
+    check_denoiser(parts["denoiser"], family)
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     remarks = []
     if family == "sdxl":
-        for name, value in TRAINED.items():
-            if scheduler.get(name, value) != value:
-                raise WeightsError(f"{path / 'scheduler'} says {name} = {ascii(scheduler[name]):.50}; only {value} is done here.")
+        require(path / "scheduler", scheduler, TRAINED)
         others = [f"{name} = {ascii(scheduler[name]):.50}" for name, value in SAMPLED.items() if scheduler.get(name, value) != value]
         if others:
             remarks.append(f"The folder's scheduler asks for {', '.join(others)}; the samplers here space the steps as SDXL's own does.")
@@ -231,6 +235,26 @@ def read_folder(path: Path) -> Contents:
     return Contents(family, "folder", path, parts, checked_defaults(path, defaults), zero_negative=zeros, remarks=remarks)
 
 
+def check_denoiser(part: Part, family: str) -> None:
+    """WeightsError unless the denoiser of a folder is SDXL's base U-Net or SD3's MMDiT."""
+    marks = {"sdxl": "add_embedding.linear_1.weight", "sd3": "pos_embed.pos_embed"}
+    context = part.entries.get("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+    if marks[family] not in part.entries:
+        kind = f"neither SDXL's U-Net nor SD3's MMDiT; its tensors: {some(list(part.entries)) or 'none'}"
+        if "down_blocks.0.resnets.0.conv1.weight" in part.entries and "conv_in.weight" in part.entries:
+            kind = "the U-Net of a Stable Diffusion 1 or 2 model: only SDXL and SD3 are run here"
+        raise WeightsError(f"{part.place} is {kind}.")
+    if context is not None and context.shape[1:] == (1280,):  # it reads bigG alone
+        raise WeightsError(f"{part.place} is the SDXL refiner: only the base model is run here.")
+
+
+def require(place: Path, config: Mapping, fixed: Mapping) -> None:
+    """WeightsError where a configuration gives a field another value than the only one that is done here."""
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise WeightsError(f"{place} says {name} = {ascii(config[name]):.50}; only {value} is done here.")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a small file; {} where there is no such file."""
     try:
@@ -243,25 +267,29 @@ def read_json(path: Path) -> dict:
         raise WeightsError(f"{path} cannot be read: {error}.") from None
 
 
-SHARD = re.compile(r"(?P<stem>[^.]+?)(?:\.(?P<variant>[^.]+?))?(?:-(?P<i>\d{5})-of-(?P<n>\d{5}))?\.safetensors")
+SHARD = re.compile(r"(?P<stem>[^.]+?)(?P<old>-\d{5}-of-\d{5})?(?:\.(?P<variant>[^.]+?))?(?P<new>-\d{5}-of-\d{5})?\.safetensors")
+STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 
 
 def folder_entries(folder: Path) -> dict[str, Entry]:
-    """The tensors of a sub-folder: of its plain file(s), else of the fp16 or bf16 variant; shards are put together."""
-    sets: dict[tuple[str, str], dict[str, Path]] = {}  # (variant, shards) -> files
+    """The tensors of a sub-folder: of its plain file(s), else of the fp16 or bf16 variant; shards are put together.
+
+    Shards are numbered after the variant (`model.fp16-00001-of-00002`) or, by older versions of diffusers, before it.
+    """
+    sets: dict[tuple[str, str, int], dict[str, Path]] = {}  # (stem, variant, number of shards) -> number -> file
     for file in sorted(folder.glob("*.safetensors")):
-        match = SHARD.fullmatch(file.name)
-        if match:
-            sets.setdefault((match["variant"] or "", match["n"] or "00001"), {})[match["i"] or "00001"] = file
+        if match := SHARD.fullmatch(file.name):
+            number, of = (match["old"] or match["new"] or "-00001-of-00001").removeprefix("-").split("-of-")
+            sets.setdefault((match["stem"], match["variant"] or "", int(of)), {})[number] = file
     if not sets:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
         raise WeightsError(f"{folder} holds no .safetensors file" + (", only pickles, which are never opened here."
                            if pickles else "."))
     order = {"": 0, "fp16": 1, "bf16": 2}
-    ranked = sorted(sets, key=lambda s: (len(sets[s]) != int(s[1]), order.get(s[0], 3), s))  # whole sets first
-    (_, shards), files = ranked[0], sets[ranked[0]]
-    if len(files) != int(shards):
-        raise WeightsError(f"{folder} holds {len(files)} of {int(shards)} shards: fetch the others.")
+    ranked = sorted(sets, key=lambda s: (s[0] not in STEMS, len(sets[s]) != s[2], order.get(s[1], 3), s))  # whole sets first
+    shards, files = ranked[0][2], sets[ranked[0]]
+    if len(files) != shards:
+        raise WeightsError(f"{folder} holds {len(files)} of {shards} shards: fetch the others.")
     entries: dict[str, Entry] = {}
     for file in files.values():
         found, _ = read_header(file)
@@ -275,6 +303,8 @@ def read_encoder(path: Path) -> tuple[str, Part]:
     """Name and part of a file that holds one text encoder and nothing else: "clip_l", "clip_g" or "t5"."""
     entries, metadata = read_header(path)
     config = own_config(path, metadata)
+    if "scaled_fp8" in entries:
+        raise WeightsError(f"{path} is {other_kind(['scaled_fp8'])}.")
     words = "embeddings.token_embedding.weight"
     embedding = entries.get(f"text_model.{words}", entries.get(words))
     if any(key.startswith("encoder.block.") for key in entries):
@@ -290,12 +320,11 @@ def read_encoder(path: Path) -> tuple[str, Part]:
     return part, Part(kind_of(part, "sd3"), path, entries, table(path, config, part))
 
 
-def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, Part], dict[str, list[str]]]:
-    """Text encoder files beside an SD3 file (or in text_encoders/ there), and why others of them cannot be used.
-
-    Of several for one part the largest is taken: it has the finest dtype.
+def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, list[Part]], dict[str, list[str]]]:
+    """Text encoder files beside an SD3 file (or in text_encoders/ there), the largest (of the finest dtype) first for each
+    part, and why others of them cannot be used.
     """
-    found: dict[str, Part] = {}
+    found: dict[str, list[Part]] = {part: [] for part in wanted}
     notes: dict[str, list[str]] = {}
     files = [file for folder in ("", "text_encoders") for file in sorted((path.parent / folder).glob("*.safetensors"))]
     for file in files if wanted else ():
@@ -306,9 +335,9 @@ def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, Part], dict[st
             if guess is not None:
                 notes.setdefault(guess, []).append(str(error).rstrip("."))
             continue
-        if part in wanted and (part not in found or total_size(encoder) > total_size(found[part])):
-            found[part] = encoder
-    return found, {part: why for part, why in notes.items() if part not in found}
+        if part in wanted:
+            found[part].append(encoder)
+    return {part: sorted(encoders, key=total_size, reverse=True) for part, encoders in found.items()}, notes
 
 
 def total_size(part: Part) -> int:

@@ -183,7 +183,7 @@ def layers(found: int, kind: str, width: int, given: Mapping, optional: int = 0)
     """
     told = number(given, "layers", LAYERS[kind].get(width, at_least_one(found, "layers in the text encoder")))
     if not told - optional <= found <= told:
-        raise WeightsError(f"{found} of {told} layers are there")
+        raise WeightsError(f"{found} layers are there where {told} are expected")
     return told
 
 

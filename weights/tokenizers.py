@@ -60,7 +60,7 @@ def clip_of_json(file: Path, *options) -> CLIPTokenizer:
 
 
 def declared_pad(folder: Path) -> list[str]:
-    """The padding token that a tokenizer's folder declares: transformers then reads it in a prompt as this token.
+    """The padding token that a tokenizer's folder declares: transformers then also reads it in a prompt as this token.
 
     The official `tokenizer_2` declares "!", which in a prompt becomes id 0; openai/CLIP and Stability's code do not so.
     """
@@ -74,7 +74,10 @@ def declared_pad(folder: Path) -> list[str]:
 
 
 def clip_tokenizer(folders: Iterable[Path], config: CLIPConfig, pad: int | None) -> CLIPTokenizer:
-    """From vocab.json and merges.txt, or tokenizer.json, in the first folder that has them; else what ships here."""
+    """From vocab.json and merges.txt, or tokenizer.json, in the first folder that has them; else what ships here.
+
+    `pad` (None: the end token) is for those whose folder declares no padding token.
+    """
     tokenizer, place = None, None
     for place in folders:
         vocab, merges, whole = (place / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
@@ -83,6 +86,8 @@ def clip_tokenizer(folders: Iterable[Path], config: CLIPConfig, pad: int | None)
                 tokenizer = CLIPTokenizer.from_files(vocab, merges, config.positions, pad, declared_pad(place))
             elif whole.is_file():
                 tokenizer = clip_of_json(whole, config.positions, pad, declared_pad(place))
+            if tokenizer is not None and (declared := declared_pad(place)):
+                tokenizer.pad = tokenizer.tokenizer.token_to_id(declared[0])
         except Exception as error:  # the tokenizers package raises bare Exception
             raise WeightsError(f"The CLIP vocabulary in {place} cannot be read: {error!r:.200}.") from None
         if tokenizer is not None:
@@ -125,7 +130,7 @@ def t5_tokenizer(
             words = spiece_words(file)
             tokenizer = T5Tokenizer(file, length, extra_ids=max(0, min(T5_EXTRA, config.vocabulary - words)))
     except Exception as error:  # both packages raise what they like, bare Exception included
-        raise WeightsError(f"T5's vocabulary {file} cannot be read: {error!r:.200}.") from None
+        raise WeightsError(f"T5's vocabulary {file} cannot be read ({error!s:.120}): fetch {T5_SOURCE} again.") from None
     if words > config.vocabulary:
         raise WeightsError(f"T5's vocabulary {file} has {words:,} pieces, but the encoder knows {config.vocabulary:,}.")
     return tokenizer
@@ -148,6 +153,6 @@ def cached_t5() -> list[Path]:
 def spiece_words(file: Path) -> int:
     """Number of pieces in a SentencePiece model; 0 if it is none."""
     try:
-        return SentencePieceProcessor(model_file=str(file)).vocab_size()
+        return SentencePieceProcessor(model_file=str(file)).vocab_size() if file.stat().st_size else 0
     except (OSError, RuntimeError, TypeError):
         return 0

@@ -3,6 +3,7 @@
 All randomness of a step comes from a generator seeded with the step's number, so a resumed run sees the same batches.
 """
 
+import json
 import math
 import os
 import time
@@ -63,6 +64,13 @@ def attention(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH if device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
+def record(path: Path) -> dict[str, object]:
+    """What the state file of a run tells: steps, minutes and the curve of its loss."""
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata()
+    return {"steps": int(told["step"]), "minutes": round(float(told["seconds"]) / 60, 1), "loss": json.loads(told["curve"])}
+
+
 class Run:
     """A model in training: its weights, their moving average, the optimizer, the number of steps done."""
 
@@ -74,13 +82,14 @@ class Run:
             self.trained.values(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.step, self.seconds, self.loss = 0, 0.0, math.nan  # loss: mean since the last report
+        self.curve: list[list[float]] = []  # [step, loss] at every report
         if state_file.exists():
             self._load()
 
     def _load(self) -> None:
         tensors, metadata = read_safetensors(self.state_file)
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
-        self.loss = float(metadata["loss"])
+        self.loss, self.curve = float(metadata["loss"]), json.loads(metadata["curve"])
         with torch.no_grad():
             for name, weight in self.trained.items():
                 weight.copy_(tensors[f"model.{name}"])
@@ -99,7 +108,7 @@ class Run:
             moments = self.optimizer.state[weight]
             tensors |= {f"model.{name}": weight.detach(), f"average.{name}": self.average[name],
                         f"moment1.{name}": moments["exp_avg"], f"moment2.{name}": moments["exp_avg_sq"]}
-        numbers = {"step": self.step, "seconds": self.seconds, "loss": self.loss}
+        numbers = {"step": self.step, "seconds": self.seconds, "loss": self.loss, "curve": self.curve}
         write_safetensors(tensors, self.state_file, {key: str(value) for key, value in numbers.items()})
 
     def use_average(self) -> None:
@@ -131,6 +140,7 @@ class Run:
             self.seconds = before + now - started
             if self.step % self.plan.report_every == 0 or done:
                 self.loss = torch.stack(losses).mean().item()
+                self.curve.append([self.step, round(self.loss, 5)])
                 speed = len(losses) / (now - reported)
                 left = (self.plan.steps - self.step) / speed / 60
                 print(f"{self.state_file.stem} step {self.step}/{self.plan.steps} loss {self.loss:.5f} "

@@ -4,7 +4,8 @@
     python -m weights.demo.train --family sd3 --out DIR
 
 Everything on the way (states, latents, sample sheets) goes to DIR; run the same command again after a kill and it goes
-on from the last state. `--export` only writes the checkpoint from the state that there is.
+on from the last state. `--export` only writes the checkpoint from the state that there is. Beside the checkpoint lies
+demo-FAMILY.training.json: steps, minutes and the loss of every stage.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from weights.demo import tokenizers
 from weights.demo.checker import compare, shares
 from weights.demo.denoisers import FAMILIES, cells
 from weights.demo.export import export
-from weights.demo.loop import Plan, Run, attention, half_precision
+from weights.demo.loop import Plan, Run, attention, half_precision, record
 from weights.demo.scenes import sample
 from weights.demo.text_encoders import TextEncoders, said, tokens, train_text_encoders
 from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
@@ -99,6 +100,10 @@ def main() -> None:
             train_denoiser(model, run, autoencoder, (latents, scaling, shift), options)
         run.use_average()
     path = export(options.family, model, autoencoder, scaling, shift, options.weights)
+    stages = ["text-encoders", f"{options.family}-vae", *(f"{options.family}-{name}" for name in PLANS[options.family])]
+    told = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": options.device, "compiled": options.compile,
+            "autoencoder PSNR": round(psnr, 2), "stages": {stage: record(out / f"{stage}.safetensors") for stage in stages}}  # fmt: skip
+    path.with_suffix(".training.json").write_text(json.dumps(told) + "\n")
     print(f"wrote {path.name}: {name} after {run.step} steps, {run.seconds / 60:.0f} min, loss {run.loss:.5f}", flush=True)
 
 

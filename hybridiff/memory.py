@@ -1,0 +1,192 @@
+"""Memory: what a run took at its highest, by phase, and what it needs before it begins.
+
+Host memory is the resident set as the operating system counts it: memory-mapped weights are in it, also where ranks share them. Needs are
+told too low rather than too high (weights, and the largest features), so that nothing is refused that would fit; weights that
+are used in the dtype of the file, on the CPU, need no memory of their own.
+"""
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hybridiff.errors import UsageError
+from hybridiff.tiles import LARGE
+from models.unet import UNetConfig
+from weights.files import FLOATS
+from weights.load import Checkpoint
+
+if TYPE_CHECKING:  # pipeline imports this file
+    from hybridiff.pipeline import Request
+
+EVERY = 0.02  # seconds between two looks at the resident set
+FEATURES = 12  # feature maps of the denoiser's first width that live at once, at least (tests/test_memory.py counts them)
+TILE = 96 + 18  # latents along a side of a tile with its border, see hybridiff/tiles.py
+ENCODERS = ("clip_l", "clip_g", "t5")
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process in memory: (now, at the highest since it began)."""
+    try:
+        told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(int(told[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    except (OSError, KeyError):
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0, 0
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return highest, highest
+
+
+class MemoryWatch:
+    """The highest memory of each phase. `note` says that a phase has just ended.
+
+    The system's own highest figure is exact, but only grows: where a phase stays below an earlier one, the figure is the highest of looks every 20 ms.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.phases: dict[str, dict[str, int]] = {}  # phase -> {"host": bytes, "gpu": bytes on CUDA}
+        self.before, self.seen = 0, 0
+        threading.Thread(target=look, args=(weakref.ref(self),), daemon=True).start()
+        self.note("start")
+
+    def note(self, phase: str) -> None:
+        """Count everything since the last call to this phase."""
+        now, highest = resident()
+        here = {"host": highest if highest > self.before else max(now, self.seen)}
+        if self.device.type == "cuda":
+            here["gpu"] = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        old = self.phases.setdefault(phase, here)
+        self.phases[phase] = {where: max(size, old[where]) for where, size in here.items()}
+        self.before, self.seen = highest, 0
+
+    def told(self) -> dict:
+        """{"peak": ..., "phases": {phase: ...}}, each of {"host": bytes, "gpu": bytes on CUDA}."""
+        sizes = self.phases.values()
+        return {"peak": {where: max(size[where] for size in sizes) for where in next(iter(sizes))}, "phases": self.phases}
+
+
+def look(watch: weakref.ref) -> None:
+    """Look at the resident set again and again, as long as somebody keeps the watch."""
+    while (here := watch()) is not None:
+        here.seen = max(here.seen, resident()[0])
+        del here
+        time.sleep(EVERY)
+
+
+def free_host() -> int | None:
+    """Bytes that this process may still get: of the machine, swap included, and of its control group. None where that cannot be read."""
+    try:
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        sizes = [sum(int(told[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))]
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except (OSError, KeyError, ValueError):
+        return None
+    for _, kinds, path in groups:
+        for folder in (path.lstrip("/"), ""):  # within a container its own group is the root
+            home = Path("/sys/fs/cgroup", "memory" if kinds else "", folder)
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+            try:
+                limit, used = (int((home / name).read_text()) for name in names)
+                cache = dict(line.split() for line in (home / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such group, or no limit ("max")
+                continue
+            sizes.append(limit - used + int(cache.get("active_file", 0)) + int(cache.get("inactive_file", 0)))
+    return min(sizes)
+
+
+def weight_bytes(checkpoint: Checkpoint, part: str, dtype: torch.dtype, mapped: bool, prefix: str = "") -> int:
+    """Bytes of a part's weights in a dtype; `mapped`: without those that the file holds in it, which stay there."""
+    fitted, total = checkpoint.part(part), 0
+    for name, tensor in fitted.module.state_dict().items():
+        if name.startswith(prefix) and (source := fitted.sources.get(name)):
+            if not (mapped and all(FLOATS[fitted.entries[key].dtype] == dtype for key in source.keys)):
+                total += tensor.numel() * dtype.itemsize
+    return total
+
+
+def demands(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, sharing: int) -> Iterator[tuple[str, int, int]]:
+    """What each phase needs at least, in words, and its bytes of host memory and of GPU memory.
+
+    `ranks` share the host's memory, `sharing` of them a GPU's.
+    """
+
+    def place(each: int, on_gpu: bool = cuda) -> tuple[int, int]:
+        return (0, each * sharing) if on_gpu else (each * ranks, 0)
+
+    precision = str(request.dtype).removeprefix("torch.")
+    for part in ENCODERS:
+        if part in checkpoint.parts:
+            dtype, on_gpu = request.dtype, cuda
+            if part == "t5" and request.t5 == "cpu":
+                on_gpu, dtype = False, torch.bfloat16 if dtype == torch.float16 else dtype
+            if part == "t5" and request.t5 == "fp8":
+                dtype = checkpoint.dtype("t5")
+            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *place(weight_bytes(checkpoint, part, dtype, not on_gpu), on_gpu)
+    config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
+    height, width = request.height // vae.factor, request.width // vae.factor
+    if isinstance(config, UNetConfig):
+        features = height * width * config.channels
+    else:
+        features = (height // config.patch) * (width // config.patch) * config.width
+    weights = weight_bytes(checkpoint, "denoiser", request.dtype, not cuda)
+    yield f"the denoiser in {precision} at {request.width} x {request.height}", *place(weights + FEATURES * features * request.dtype.itemsize)
+    pixel = 4 * vae.channels * max(vae.multipliers[:2])  # bytes of the widest features at the full size, in fp32
+    weights = weight_bytes(checkpoint, "vae", torch.float32, not cuda, "decoder.")
+    pixels, words = request.height * request.width, f"the decoder at {request.width} x {request.height}"
+    if not (request.tiles and pixels > LARGE):  # one picture, on one rank
+        all_of_it = weights + 3 * pixels * pixel
+        yield words, *((0, all_of_it) if cuda else (all_of_it, 0))
+    else:
+        tile = weights + 3 * min(height, TILE) * min(width, TILE) * vae.factor**2 * pixel
+        yield f"{words} in tiles", *((pixels * pixel, tile) if cuda else (pixels * pixel + tile, 0))
+
+
+def fits(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, sharing: int, free: tuple[int, int]) -> bool:
+    """Whether no phase plainly needs more than the bytes of (host, GPU) memory that are free."""
+    return all(host <= free[0] and gpu <= free[1] for _, host, gpu in demands(checkpoint, request, cuda, ranks, sharing))
+
+
+def advice(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, sharing: int, free: tuple[int, int]) -> list[str]:
+    """What would make it fit, each by itself."""
+    tries = {"--tiles": {"tiles": True}}
+    tries |= {f"--dtype {str(dtype).removeprefix('torch.')}": {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16) if dtype != request.dtype}
+    if "t5" in checkpoint.parts:
+        tries |= {"--t5 cpu": {"t5": "cpu"}} if cuda else {}
+        tries |= {"--t5 fp8": {"t5": "fp8"}} if checkpoint.dtype("t5").itemsize == 1 else {}
+    tries["a smaller --height and --width"] = {"height": request.height // 4, "width": request.width // 4}
+    good = [name for name, change in tries.items() if fits(checkpoint, replace(request, **change), cuda, ranks, sharing, free)]
+    if "t5" in checkpoint.parts and not good:
+        t5 = checkpoint.fitted.pop("t5")
+        good += ["--no-t5"] if fits(checkpoint, request, cuda, ranks, sharing, free) else []
+        checkpoint.fitted = checkpoint.fitted | {"t5": t5}
+    if not good and ranks > 1 and fits(checkpoint, request, cuda, 1, 1, free):
+        good.append("one process alone")
+    return good
+
+
+def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.device, world: int) -> None:
+    """UsageError, with the figures and what would help, where a phase plainly needs more memory than is free."""
+    cuda = device.type == "cuda"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
+    sharing = -(-ranks // max(1, torch.cuda.device_count())) if cuda else 1
+    host = free_host()
+    if host is None:
+        return
+    free = host, torch.cuda.mem_get_info(device)[0] if cuda else 0
+    for words, *needed in demands(checkpoint, request, cuda, ranks, sharing):
+        for need, there, where in zip(needed, free, ("memory", f"memory of {device}")):
+            if need > there:
+                on = f" on {ranks} ranks" if ranks > 1 and not words.startswith("the decoder") else ""
+                helps = " or ".join(advice(checkpoint, request, cuda, ranks, sharing, free)) or "a machine with more of it"
+                raise UsageError(f"{words}{on} needs at least {need / 1e9:,.1f} GB of {where}, and {there / 1e9:,.1f} GB are free: try {helps}.")
