@@ -1,7 +1,9 @@
 """What a schedule costs, before anything is run: its timeline from the cost of each part, as data and as text."""
 
+import time
 from collections import Counter
 from dataclasses import replace
+from statistics import median
 from typing import Mapping, Sequence
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridiff.clock import Bar
 from hybridiff.denoise import Task, Worker
 from hybridiff.schedule import Operation, Receive, Run, Send, StepPlan, Value, bytes_sent, entry, inner, interleave, keys
+from hybridiff.segments import in_segments
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox
 
@@ -49,6 +52,25 @@ def count(task: Task, run: Run) -> int:
         with FlopCounterMode(display=False) as counter:
             worker.run(operation, 0)
     return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def unit_times(task: Task, repeats: int = 5) -> list[float]:
+    """Seconds of every unit of the network on this device (see `segments`): the median of some runs, after one that does not count."""
+    net, text = task.denoiser, next(iter(task.conditioning))
+    units = net.config.segments
+    worker = Worker(0, replace(task, cuts=net.cuts(tuple(range(1, units)))), Mailbox())
+    seconds: list[list[float]] = [[0.0] * units for _ in range(repeats + 1)]
+    for told in seconds:
+        for unit, run in in_segments(net, text, units):
+            if task.noise.is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            worker.run(run, 0)
+            if task.noise.is_cuda:
+                torch.cuda.synchronize()
+            told[unit] += time.perf_counter() - start
+    return [median(times) for times in zip(*seconds[1:])]
 
 
 def plan_all(strategy: Strategy, settings: Settings) -> list[StepPlan]:
@@ -148,20 +170,20 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     pieces.append(draw(shown, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)
     pieces.append(f"\nideal cost {cost:.1f} network evaluations, serial {2 * len(plans)}: speed-up {2 * len(plans) / cost:.2f}")
-    pieces += [idle] if (idle := idle_ranks(plans)) else []
+    pieces += [idle] if (idle := idle_ranks(strategy, settings)) else []
     pieces.append(f"bytes sent: {sent.total():,} ({', '.join(f'{kind} {count:,}' for kind, count in sent.items())})")
     return "\n".join(pieces)
 
 
-def idle_ranks(plans: Sequence[StepPlan]) -> str | None:
+def idle_ranks(strategy: Strategy, settings: Settings) -> str | None:
     """A sentence on ranks that have nothing to run in the full steps, if there are any."""
+    plans = plan_all(strategy, settings)
     full = [plan for plan in plans if plan.stage != "parallelism"] or plans
-    idle = [rank for rank in range(len(full[0].operations)) if not any(plan.runs(rank) for plan in full)]
+    idle = [rank for rank in range(strategy.ranks) if not any(plan.runs(rank) for plan in full)]
     if not idle:
         return None
-    busy = any(plan.runs(rank) for plan in plans for rank in idle)
-    told = f"rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
-    return f"{told}: idle {'outside of the middle stage' if busy else 'all the time'}, because this network's full steps cannot be divided within a branch"
+    when = "outside of the middle stage" if any(plan.runs(rank) for plan in plans for rank in idle) else "all the time"
+    return f"idle {when}: rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} (this network cannot be divided within a branch)"
 
 
 def table(plan: StepPlan) -> str:

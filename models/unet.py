@@ -351,6 +351,12 @@ class UNet(nn.Module):
         """Nested cuts from the positions between units; a unit is an input block with its output block, the last with the middle."""
         return depths
 
+    def names(self, outer: int, cut: int) -> list[str]:
+        """How the names of the parameters begin that a ring needs; a ring down to n has the middle too."""
+        n = self.config.input_blocks
+        blocks = [f"input_blocks.{i}." for i in range(outer, cut)] + [f"output_blocks.{i}." for i in range(n - cut, n - outer)]
+        return ["time_embed.", "label_emb.", *blocks, *(["out."] if outer == 0 else []), *(["middle_block."] if cut == n else [])]
+
     def unit_sizes(self) -> list[float]:
         """About the work in each unit, whatever the size of the picture: parameters by positions at their level."""
         sizes = []

@@ -8,8 +8,8 @@ the network's blocks a branch's ranks can share, 0 where it cannot be divided.
 from functools import partial
 from typing import Any, Callable, NamedTuple, Sequence
 
-from hybridiff.balance import even
 from hybridiff.schedule import StepPlan
+from hybridiff.segments import even
 from hybridiff.strategies.condition import condition
 from hybridiff.strategies.guided_pipeline import guided_pipeline
 from hybridiff.strategies.inner_reuse import inner_reuse

@@ -9,6 +9,7 @@ computes, bit for bit, and where its quality goes. The first of these steps fill
 from typing import Sequence
 
 from hybridiff.schedule import Receive, Run, Send, Step, StepPlan, Value, entry, inner, prediction
+from hybridiff.segments import all_rings
 from hybridiff.strategies.condition import guided_step
 from hybridiff.strategies.settings import Settings
 from hybridiff.strategies.sharing import evaluate, exchange, text_of
@@ -77,15 +78,6 @@ def paper_nested(
         if ranks // 2 <= left:
             runs[0] = [run for run in all_rings("uncond", ranks) if run.part not in ("up", "exit") or run.at >= ranks // 2]
     return merged_step(runs, handed, leader["cond"] if fill else innermost)
-
-
-def all_rings(text: str, ranks: int) -> list[Run]:
-    """The whole of a nested network, ring by ring."""
-    rings = range(1, ranks - 1)
-    down = [Run("down", text, entry(text, ring - 1), at=ring) for ring in rings]
-    up = [Run("up", text, inner(text, ring), at=ring) for ring in reversed(rings)]
-    middle = Run("inner", text, entry(text, ranks - 2), at=ranks - 2)
-    return [Run("entry", text), *down, middle, *up, Run("exit", text, inner(text))]
 
 
 def paper_halves(
