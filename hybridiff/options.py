@@ -61,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
     add("--preset", default="balanced", choices=PRESETS, help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items()))
     add("--strategy", help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
-        "guided-pipeline (one process or two ranks)")
+        "guided-pipeline (one process or two ranks; the first three also more)")
+    add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
     add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
     add("--full-first", type=int, help="full steps before the first saved one (default: 30%% of the steps)")
     add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
@@ -163,6 +164,7 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         dtype=DTYPES[args.dtype] if args.dtype else usual_dtype(checkpoint, device),
         tiles=args.tiles,
         t5=args.t5,
+        balance=args.balance,
         reuse=replace(usual, **{key: value for key, value in given_reuse.items() if value is not None}),
     )
 
@@ -193,7 +195,7 @@ def first_that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, dev
 
 def check_several(args: argparse.Namespace) -> None:
     """UsageError in what cannot be had with several pictures, and where the folder is in use."""
-    for name in ("report", "save_latents", "compare_serial", "explain"):
+    for name in ("report", "save_latents", "compare_serial", "explain", "balance"):
         if getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')} is for one picture: leave it out, or ask for one prompt.")
     if not 1 <= args.images_per_prompt <= 10**6:
