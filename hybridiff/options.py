@@ -105,9 +105,9 @@ def choose_device(name: str | None) -> torch.device:
 
 def check_text(name: str, text: str | None) -> None:
     """UsageError where a text has lone surrogates: bytes of the command line that are no UTF-8, or half of a pair in JSON."""
-    for place, character in enumerate(text or "", 1):
+    for number, character in enumerate(text or "", 1):
         if "\ud800" <= character <= "\udfff":
-            raise UsageError(f"{name} is no Unicode text at its character {place} (U+{ord(character):04X} alone): write it in UTF-8.")
+            raise UsageError(f"{name} is no Unicode text at its character {number} (U+{ord(character):04X} alone): write it in UTF-8.")
 
 
 def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -178,19 +178,26 @@ def team_size(args: argparse.Namespace, ranks: int, world: int) -> int:
     return ranks
 
 
-def first_that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> Request:
-    """The request of the first picture that can be made; UsageError if there is none (others fail at their turn)."""
-    problems = []
+def that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> list[Request]:
+    """The requests of all pictures that can be made; UsageError if there is none (else the others fail at their turn). Sets args.team_size."""
+    known, problems, good = [], [], []
     for own in args.told:
         try:
             request = make_request(args, checkpoint, device, own)
-            strategy, _ = plan_request(checkpoint, request, world=None)
-            args.team_size = team_size(args, strategy.ranks, world)
-            plan_request(checkpoint, request, args.team_size)
-            return request
+            known.append((request, plan_request(checkpoint, request, world=None)[0].ranks))
         except UsageError as error:
             problems.append(error)
-    raise problems[0]
+    if known:
+        args.team_size = team_size(args, max(ranks for _, ranks in known), world)
+    for request, _ in known:
+        try:
+            plan_request(checkpoint, request, args.team_size)
+            good.append(request)
+        except UsageError as error:
+            problems.append(error)
+    if not good:
+        raise problems[0]
+    return good
 
 
 def check_several(args: argparse.Namespace) -> None:
@@ -227,9 +234,10 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (read_prompts(args.prompts) if args.prompts else [])
     args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
     args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
-    request = first_that_can_be_made(args, checkpoint, device, transport.world)
+    requests = that_can_be_made(args, checkpoint, device, transport.world)
+    request, largest = requests[0], max(requests, key=lambda request: request.height * request.width)
     if not args.explain and not args.decode:
-        refuse_too_large(checkpoint, request, device, transport.world)
+        refuse_too_large(checkpoint, largest, device, transport.world)
     if args.several:
         check_several(args)
     elif transport.rank == 0 and not args.explain:
