@@ -30,7 +30,7 @@ from hybridiff.latents import read_latents, save_both
 from hybridiff.options import asked_timeout, choose_device, make_request, numbers, prepare
 from hybridiff.page import make_page, psnr, save_page
 from hybridiff.pipeline import Request, Result, decode, generate, meta_task, plan_request
-from hybridiff.report import make_report, save_picture, save_report, settings_of
+from hybridiff.report import in_use, make_report, save_picture, save_report, settings_of
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.timeline import explain
@@ -138,6 +138,8 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
             save_page(make_page(report, request, result, serial.image if serial else None), args.report)
         if request.strategy == "paper" and report["tau1"] is None:
             say("the switch never came: every step was condition partitioning")
+        for line in in_use(result.use):
+            say(line)
         say("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
         say(f"exact: {report['exact']['words']}")
         say(f"bytes sent: {report['bytes_sent']['total']}")
@@ -157,7 +159,7 @@ def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, 
             transport.gather("serial")
             bar.update()
 
-        return generate(checkpoint, replace(request, strategy="serial"), Mailbox(), device, on_step)
+        return generate(checkpoint, replace(request, strategy="serial", balance=False), Mailbox(), device, on_step)
 
 
 def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | None) -> None:
@@ -169,8 +171,9 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
     elif request is None:
         say(describe(checkpoint, t5=not args.no_t5))
     else:
-        strategy, _ = plan_request(checkpoint, request, world=1)
-        say(explain(request.strategy, strategy, Settings(request.steps, request.rule, request.reuse), meta_task(checkpoint, request)))
+        strategy, _ = plan_request(checkpoint, request, args.team_size)
+        settings = Settings(request.steps, request.rule, request.reuse)
+        say(explain(request.strategy, strategy, settings, meta_task(checkpoint, request, args.team_size)))
 
 
 def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
@@ -205,7 +208,7 @@ def main() -> int:
             words = str(error) if isinstance(error, PeerLost) else in_a_sentence(error, place()[0], transport.step, transport.doing)
         if words:
             say(words, error=True)
-        if transport.world > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # also where the ranks have not met
             os._exit(1)  # at once: torch.distributed would wait for the others
         return 1
 

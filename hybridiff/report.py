@@ -30,13 +30,15 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
         "window": rule.window, "slope": rule.slope, "cap": rule.cap, "interval": rule.interval,
         "start": request.reuse.start, "reused": request.reuse.count,
         "dtype": str(request.dtype).removeprefix("torch."), "tiles": request.tiles, "t5": request.t5,
+        "balance": request.balance,
     }  # fmt: skip
 
 
 def exactness(request: Request, result: Result, ranks: int) -> dict:
     """How much of the picture is, bit for bit on like devices, what `serial` makes: steps from the first on, the decoder, and both in words."""
     stages = [record.stage for record in result.records]
-    steps = 0 if request.strategy == "batched" else stages.index("parallelism") if "parallelism" in stages else len(stages)
+    rounds = request.strategy == "batched" or "keys" in result.bytes_sent  # kernels round by the number of rows
+    steps = 0 if rounds else stages.index("parallelism") if "parallelism" in stages else len(stages)
     size = request.height * request.width
     if request.tiles and size > LARGE:
         decoder = "in tiles"
@@ -69,11 +71,20 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
         "exact": exactness(request, result, ranks),
         "seconds": result.seconds,
         "memory": result.memory,
+        "use": result.use,
         "bytes_sent": {"total": sum(result.bytes_sent.values()), "by_operation": result.bytes_sent},
         "seed": request.seed,
         "settings": settings_of(request, weights, ranks),
         "versions": {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def in_use(use: dict) -> list[str]:
+    """Lines on how the ranks were used, where it is not the usual way: cuts that were chosen, ranks that idled or hold less than others."""
+    lines = [f"cut at {use['cuts']} after timing every unit on each rank"] if use["seconds_of_units"] else []
+    if len(set(use["weights"])) > 1:
+        lines.append("denoiser's weights held, MB: " + ", ".join(f"rank {rank} {held / 1e6:,.1f}" for rank, held in enumerate(use["weights"])))
+    return lines + ([use["idle"]] if use["idle"] else [])
 
 
 def free_name(path: Path) -> Path:

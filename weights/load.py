@@ -91,14 +91,16 @@ class Checkpoint:
 
     @torch.no_grad()
     def load(
-        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, fp8: bool = False
-    ) -> nn.Module:
+        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, fp8: bool = False,
+        names: tuple[str, ...] | None = None,
+    ) -> nn.Module:  # fmt: skip
         """A part as a module in eval mode without gradients, its tensors brought one by one to device and dtype.
 
         `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need. With `fp8`, T5's linear layers
-        keep their stored fp8 and are brought to the computing dtype one by one as they run.
+        keep their stored fp8 and are brought to the computing dtype one by one as they run. With `names`, only parameters whose names
+        begin with one of these are loaded; the others stay on the meta device, where nothing can be computed with them.
         """
-        asked = part, dtype, str(device), decoder_only, fp8
+        asked = part, dtype, str(device), decoder_only, fp8, names
         if asked in self.kept:
             return self.kept[asked]
         fitted = self.part(part)
@@ -111,6 +113,9 @@ class Checkpoint:
         read = Reader()
         for name, tensor in module.state_dict().items():
             source = fitted.sources.get(name)
+            if names is not None and not name.startswith(names):
+                state[name] = tensor.to(dtype)
+                continue
             if source is None:  # the last layer of SDXL's CLIP-L, of which only the input is used
                 state[name] = torch.zeros(tensor.shape, dtype=dtype, device=device)
                 continue
