@@ -40,7 +40,7 @@ SETTINGS = {
     "--sampler": ["ddim", "euler", "dpmpp_2m", "flow", "heun", ""],
     "--preset": ["exact", "balanced", "fast", "paper", "quick"],
     "--strategy": ["serial", "batched", "condition", "paper", "inner-reuse", "guided-pipeline", "step-extrapolation", "one-branch", "\udcff"],
-    "--reused": ["0", "1", "900", "-1", *NUMBERS], "--start": ["2", "900", "1", *NUMBERS],
+    "--reused": ["0", "1", "900", "-1", *NUMBERS], "--full-first": ["2", "900", "1", *NUMBERS],
     "--window": ["1", "5000", "0", *NUMBERS], "--slope": NUMBERS, "--cap": ["1", "5000", "0", *NUMBERS], "--interval": ["0", "3", "5000", "-1", *NUMBERS],
     "--dtype": ["float32", "int8"], "--device": ["cpu", "cpu:7", "meta", "tpu", "\udcff", ""], "--t5": ["device", "cpu", "fp8", "gpu"],
     "--threads": ["1", "0", *NUMBERS], "--timeout": ["60", "0", *NUMBERS], "--transport": ["auto", "gloo", "nccl", "smoke"], "--out": PATHS,

@@ -20,7 +20,7 @@ from hybridiff.transport import Transport, place
 from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
-SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --start and --reused steer
+SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --full-first and --reused steer
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         "guided-pipeline (one process or two ranks; the first three also more)")
     add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
     add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
-    add("--start", type=int, help="full steps before the first of them (default: 30%% of the steps)")
+    add("--full-first", type=int, help="full steps before the first saved one (default: 30%% of the steps)")
     add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
     add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
     add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
@@ -105,9 +105,9 @@ def choose_device(name: str | None) -> torch.device:
 
 def check_text(name: str, text: str | None) -> None:
     """UsageError where a text has lone surrogates: bytes of the command line that are no UTF-8, or half of a pair in JSON."""
-    for place, character in enumerate(text or "", 1):
+    for number, character in enumerate(text or "", 1):
         if "\ud800" <= character <= "\udfff":
-            raise UsageError(f"{name} is no Unicode text at its character {place} (U+{ord(character):04X} alone): write it in UTF-8.")
+            raise UsageError(f"{name} is no Unicode text at its character {number} (U+{ord(character):04X} alone): write it in UTF-8.")
 
 
 def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -133,15 +133,15 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
     rule = replace(paper_rule(family, args.steps), **{key: value for key, value in given_rule.items() if value is not None})
     strategy = args.strategy or PRESETS[args.preset].strategy
-    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("start", "reused"), SAVING)):
+    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("full_first", "reused"), SAVING)):
         for name in names:
             if getattr(args, name) is not None and strategy not in whose:
-                raise UsageError(f"--{name} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
+                raise UsageError(f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
     guidance = either("guidance", GUIDANCE[family])
     if guidance <= 1:
         strategy = "one-branch"
     usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share)
-    given_reuse = {"start": args.start, "count": args.reused}
+    given_reuse = {"start": args.full_first, "count": args.reused}
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
     if args.compare_serial and not args.report:
@@ -178,19 +178,26 @@ def team_size(args: argparse.Namespace, ranks: int, world: int) -> int:
     return ranks
 
 
-def first_that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> Request:
-    """The request of the first picture that can be made; UsageError if there is none (others fail at their turn)."""
-    problems = []
+def that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> list[Request]:
+    """The requests of all pictures that can be made; UsageError if there is none (else the others fail at their turn). Sets args.team_size."""
+    known, problems, good = [], [], []
     for own in args.told:
         try:
             request = make_request(args, checkpoint, device, own)
-            strategy, _ = plan_request(checkpoint, request, world=None)
-            args.team_size = team_size(args, strategy.ranks, world)
-            plan_request(checkpoint, request, args.team_size)
-            return request
+            known.append((request, plan_request(checkpoint, request, world=None)[0].ranks))
         except UsageError as error:
             problems.append(error)
-    raise problems[0]
+    if known:
+        args.team_size = team_size(args, max(ranks for _, ranks in known), world)
+    for request, _ in known:
+        try:
+            plan_request(checkpoint, request, args.team_size)
+            good.append(request)
+        except UsageError as error:
+            problems.append(error)
+    if not good:
+        raise problems[0]
+    return good
 
 
 def check_several(args: argparse.Namespace) -> None:
@@ -227,9 +234,10 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (read_prompts(args.prompts) if args.prompts else [])
     args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
     args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
-    request = first_that_can_be_made(args, checkpoint, device, transport.world)
+    requests = that_can_be_made(args, checkpoint, device, transport.world)
+    request, largest = requests[0], max(requests, key=lambda request: request.height * request.width)
     if not args.explain and not args.decode:
-        refuse_too_large(checkpoint, request, device, transport.world)
+        refuse_too_large(checkpoint, largest, device, transport.world)
     if args.several:
         check_several(args)
     elif transport.rank == 0 and not args.explain:
@@ -266,6 +274,7 @@ def asked_timeout() -> timedelta:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--timeout")
     try:
-        return timedelta(seconds=min(max(0.1, float(early.parse_known_args()[0].timeout or 600)), 1e6))
-    except (ValueError, SystemExit):
-        return timedelta(seconds=600)
+        seconds = float(early.parse_known_args()[0].timeout or 600)
+    except (ValueError, SystemExit, UsageError):
+        seconds = 600.0
+    return timedelta(seconds=seconds if 0.1 <= seconds <= 1e6 else 600.0)

@@ -101,7 +101,7 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     for name, value, least in (("window", rule.window, 1), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
-    for name, value, least in (("start", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
+    for name, value, least in (("full-first", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     if request.t5 == "fp8" and not ("t5" in checkpoint.parts and checkpoint.dtype("t5") in FP8):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from official import tensors, write_sparse
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
+import hybridiff.options
 import train_free_sample
 from benchmarks.fuzz_commands import draw, try_line
 from hybridiff.options import usual_dtype
@@ -94,7 +96,7 @@ REFUSED = [
     ("--weights", "demo-sd3", "--height", "100000"), ("--steps", "0"), ("--steps", "-3"), ("--steps", "1000"),
     ("--steps", "many"), ("--guidance", "nan"), ("--preset", "paper", "--window", "0"),
     ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
-    ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--start", "1"),
+    ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--full-first", "1"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
     ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"),
 ]  # fmt: skip
@@ -164,6 +166,16 @@ def test_any_command_line_ends_well():
     rng = random.Random(11)
     for line in [draw(rng, False) for _ in range(12)]:
         assert not (result := try_line(line, False))["wrong"], result
+
+
+def test_torchrun_passes_every_option_on(monkeypatch):
+    """torchrun looks at the script's options too, and gives up where one begins like two of its own, as --start does."""
+    options = []
+    monkeypatch.setattr(hybridiff.options.Parser, "parse_args", lambda parser: options.extend(parser._option_string_actions))
+    hybridiff.options.parse_arguments()
+    for option in options:
+        told = get_args_parser().parse_args(["--standalone", str(SCRIPT), option, "5"])
+        assert told.training_script_args == [option, "5"]
 
 
 def test_a_lone_surrogate_is_refused_in_a_prompt(tmp_path, monkeypatch, capsys):
