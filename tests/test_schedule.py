@@ -12,7 +12,6 @@ from hybridiff.schedule import (
     Guide,
     Measure,
     Receive,
-    Retake,
     Run,
     ScheduleError,
     Send,
@@ -70,8 +69,6 @@ def assert_sources_exist(plan: StepPlan, kept: dict[int, Counter]) -> None:
                 case Guide(cond, uncond):
                     assert store[cond] and store[uncond], f"rank {rank}: {operation}"
                     store[GUIDED] += 1
-                case Retake(since):
-                    assert store[GUIDED] >= 2 and since >= 0, f"rank {rank}: {operation}"
                 case Measure():
                     store[DISCREPANCY] += 1
                 case Send(value) | Step(value):
