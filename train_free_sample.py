@@ -1,4 +1,4 @@
-"""Make a picture with one process or with torchrun on two ranks.
+"""Make a picture with one process or with torchrun on two ranks or more.
 
     torchrun --nproc_per_node=2 train_free_sample.py                       # the SDXL demo, preset `balanced`
     torchrun --nproc_per_node=2 train_free_sample.py --weights demo-sd3    # the SD3 demo
@@ -8,14 +8,11 @@
 
 import argparse
 import os
-import secrets
 import signal
 import sys
 import time
 import traceback
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends without a traceback
     WORD = b"train_free_sample.py: interrupted\n" if os.environ.get("RANK", "0") == "0" else b""
@@ -25,238 +22,21 @@ import torch
 from tqdm import tqdm
 
 import hybridiff
-from hybridiff.batch import Job, Manifest, Progress, begin, line_of, make_jobs, read_prompts, take_turns
+from hybridiff.batch import Job, Manifest, Progress, begin, line_of, make_jobs, take_turns
 from hybridiff.denoise import StepRecord
 from hybridiff.ending import end_on_interrupt, in_a_sentence, prepare_streams, say, shown
 from hybridiff.errors import SharedError, UsageError
 from hybridiff.latents import read_latents, save_both
-from hybridiff.memory import refuse_too_large
+from hybridiff.options import asked_timeout, choose_device, make_request, numbers, prepare
 from hybridiff.page import make_page, psnr, save_page
-from hybridiff.pipeline import GUIDANCE, SIDE, Request, Result, decode, generate, meta_task, plan_request
-from hybridiff.presets import PRESETS, paper_rule, usual_reuse
-from hybridiff.report import check_writable, free_name, make_report, save_picture, save_report, settings_of
-from hybridiff.samplers import SAMPLERS
+from hybridiff.pipeline import Request, Result, decode, generate, meta_task, plan_request
+from hybridiff.report import in_use, make_report, save_picture, save_report, settings_of
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.timeline import explain
-from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, disconnect, place
-from weights.describe import describe, needs, where_to_get
-from weights.load import Checkpoint, WeightsError, open_checkpoint
-
-SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --start and --reused steer
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UsageError, so that rank 0 alone speaks."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message}; see --help.")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id")
-    add("--check", action="store_true", help="only say what the checkpoint holds and lacks (reads headers, no tensors)")
-    add("--explain", action="store_true", help="only print the schedule: operations, timeline, ideal cost, bytes")
-    add("--text-encoders", nargs="+", default=(), metavar="FILE", help="clip_l, clip_g, t5xxl in files of their own")
-    add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
-    add("--no-t5", action="store_true", help="leave T5 out (SD3)")
-    add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device, on the CPU, or on the device in its stored fp8 (SD3)")
-    add("--prompt", action="append", help="what to draw (default: the demo's own prompt); several make several pictures")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance")
-    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt; the seed goes up by one")
-    add("--negative-prompt", help="what to keep out")
-    add("--steps", type=int, default=50)
-    add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
-    add("--height", type=int, help="pixels (default: the checkpoint's)")
-    add("--width", type=int, help="pixels (default: the checkpoint's)")
-    add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")
-    add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
-    add("--preset", default="balanced", choices=PRESETS, help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items()))
-    add("--strategy", help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
-        "guided-pipeline (one process or two ranks)")
-    add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
-    add("--start", type=int, help="full steps before the first of them (default: 30%% of the steps)")
-    add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
-    add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
-    add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
-    add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's, scaled from 50 steps)")
-    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
-    add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
-    add("--transport", choices=("auto", "nccl", "gloo"), default="auto", help="how ranks send: auto is nccl where each has a GPU of its own, else gloo")
-    add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank")
-    add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)")
-    add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
-    add("--layout", choices=("pairs", "layers"), help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)")
-    add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
-    add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
-    add("--decode", type=Path, metavar="FILE", help="only make the picture of kept latents")
-    add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
-    add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
-    return parser.parse_args()
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for; by default this rank's share of the GPUs, or the CPU."""
-    gpus = torch.cuda.device_count()
-    if name in (None, "cuda"):
-        if name == "cuda" and not gpus:
-            raise UsageError("--device cuda: there is no CUDA device here; use --device cpu.")
-        return torch.device("cuda", place()[2] % gpus) if gpus else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {name} is not there: use cpu or cuda.") from None
-    return device
-
-
-def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """fp32 on the CPU, which is slow in anything else; on CUDA bf16 where the denoiser is stored in it, else fp16."""
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if checkpoint.dtype("denoiser") == torch.bfloat16 else torch.float16
-
-
-def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, own: dict) -> Request:
-    """What a picture has of its `own`, else the options, and where none is given the checkpoint's defaults, then the family's."""
-    args = argparse.Namespace(**vars(args) | {"prompt": None} | own)
-    family, defaults = checkpoint.family, checkpoint.defaults
-
-    def either(name: str, fallback: object) -> object:
-        given = getattr(args, name)
-        return given if given is not None else defaults.get(name, fallback)
-
-    given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
-    rule = replace(paper_rule(family, args.steps), **{key: value for key, value in given_rule.items() if value is not None})
-    strategy = args.strategy or PRESETS[args.preset].strategy
-    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("start", "reused"), SAVING)):
-        for name in names:
-            if getattr(args, name) is not None and strategy not in whose:
-                raise UsageError(f"--{name} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
-    guidance = either("guidance", GUIDANCE[family])
-    if guidance <= 1:
-        strategy = "one-branch"
-    usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share)
-    given_reuse = {"start": args.start, "count": args.reused}
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
-    if args.compare_serial and not args.report:
-        raise UsageError("--compare-serial goes into the report: give --report DIR too.")
-    if not 0.1 <= args.timeout <= 1e6:
-        raise UsageError(f"--timeout {args.timeout} is out of range: give seconds, 0.1 to 1e6.")
-    if args.threads < 1:
-        raise UsageError(f"--threads {args.threads} is out of range: give at least 1.")
-    return Request(
-        prompt=either("prompt", ""),
-        negative_prompt=args.negative_prompt,
-        steps=args.steps,
-        guidance=guidance,
-        height=either("height", SIDE),
-        width=either("width", SIDE),
-        seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
-        sampler=args.sampler or next(iter(SAMPLERS[family])),
-        strategy=strategy,
-        rule=rule,
-        dtype=DTYPES[args.dtype] if args.dtype else usual_dtype(checkpoint, device),
-        tiles=args.tiles,
-        t5=args.t5,
-        reuse=replace(usual, **{key: value for key, value in given_reuse.items() if value is not None}),
-    )
-
-
-def team_size(args: argparse.Namespace, ranks: int, world: int) -> int:
-    """How many ranks make one picture together, of `world`; `ranks` is what the strategy is written for."""
-    if (args.layout or ("pairs" if args.several else "layers")) == "layers" or world == 1:
-        return world
-    if world % ranks:
-        raise UsageError(f"{world} ranks do not make teams of {ranks}: set --nproc_per_node to a multiple of {ranks}.")
-    return ranks
-
-
-def first_that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> Request:
-    """The request of the first picture that can be made; UsageError if there is none (others fail at their turn)."""
-    problems = []
-    for own in args.told:
-        try:
-            request = make_request(args, checkpoint, device, own)
-            strategy, _ = plan_request(checkpoint, request, world=None)
-            args.team_size = team_size(args, strategy.ranks, world)
-            plan_request(checkpoint, request, args.team_size)
-            return request
-        except UsageError as error:
-            problems.append(error)
-    raise problems[0]
-
-
-def check_several(args: argparse.Namespace) -> None:
-    """UsageError in what cannot be had with several pictures, and where the folder is in use."""
-    for name in ("report", "save_latents", "compare_serial", "explain"):
-        if getattr(args, name):
-            raise UsageError(f"--{name.replace('_', '-')} is for one picture: leave it out, or ask for one prompt.")
-    if not 1 <= args.images_per_prompt <= 10**6:
-        raise UsageError(f"--images-per-prompt {args.images_per_prompt} is out of range: give 1 to 1000000.")
-    args.out = args.out or Path("pictures")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        probe_names = [*args.out.glob("*.png"), *args.out.glob("manifest.jsonl")]
-    except OSError as error:
-        raise UsageError(f"--out {args.out} cannot be made a folder ({error.strerror}); several pictures go into one.") from None
-    check_writable(args.out / "manifest.jsonl", overwrite=True)
-    if probe_names and not (args.resume or args.overwrite):
-        raise UsageError(f"--out {args.out} holds pictures already: give --resume to go on with them, --overwrite, or another folder.")
-
-
-def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
-    """Everything that can be refused is refused here, before any long work. No request where only --check is asked for."""
-    args = parse_arguments()
-    device = choose_device(args.device)
-    checkpoint = open_checkpoint(args.weights, args.text_encoders, args.t5_tokenizer)
-    if args.no_t5:
-        checkpoint.leave_out("t5")
-    if args.check:
-        return args, checkpoint, None, device
-    if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
-        checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')})."]
-    if lacking := needs(checkpoint) if not args.decode else []:
-        raise UsageError(" ".join(lacking))
-    args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (read_prompts(args.prompts) if args.prompts else [])
-    args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
-    args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
-    request = first_that_can_be_made(args, checkpoint, device, transport.world)
-    if not args.explain and not args.decode:
-        refuse_too_large(checkpoint, request, device, transport.world)
-    if args.several:
-        check_several(args)
-    elif transport.rank == 0 and not args.explain:
-        args.out = args.out or free_name(Path("picture.png"))
-        for path in filter(None, (args.out, args.save_latents)):
-            check_writable(path, args.overwrite)
-        if args.report:
-            try:
-                args.report.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"--report {args.report} cannot be made ({error.strerror}).") from None
-            for name in ("report.json", "report.html"):
-                check_writable(args.report / name, args.overwrite)
-    return args, checkpoint, request, device
-
-
-def numbers(request: Request) -> str:
-    """The strategy with the numbers that it goes by."""
-    rule, reuse = request.rule, request.reuse
-    if request.strategy == "paper":
-        return f"paper (window {rule.window}, slope {rule.slope:g}, cap {rule.cap}, interval {rule.interval})"
-    if request.strategy == "one-branch":
-        return f"one-branch (guidance {request.guidance:g} is none: there is nothing to split)"
-    if request.strategy not in SAVING:
-        return request.strategy
-    steps = reuse.window(request.steps) if request.strategy == "guided-pipeline" else reuse.spread(request.steps)
-    return f"{request.strategy} ({len(steps)} of {request.steps} steps save work, the first {reuse.start} and the last {reuse.end} never)"
+from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, place
+from weights.describe import describe, needs
+from weights.load import Checkpoint, WeightsError
 
 
 def place_networks(transport: Transport, args: argparse.Namespace, device: torch.device) -> None:
@@ -358,7 +138,10 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
             save_page(make_page(report, request, result, serial.image if serial else None), args.report)
         if request.strategy == "paper" and report["tau1"] is None:
             say("the switch never came: every step was condition partitioning")
+        for line in in_use(result.use):
+            say(line)
         say("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
+        say(f"exact: {report['exact']['words']}")
         say(f"bytes sent: {report['bytes_sent']['total']}")
         say(f"seed: {request.seed}")
         say(f"picture: {args.out}")
@@ -376,7 +159,7 @@ def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, 
             transport.gather("serial")
             bar.update()
 
-        return generate(checkpoint, replace(request, strategy="serial"), Mailbox(), device, on_step)
+        return generate(checkpoint, replace(request, strategy="serial", balance=False), Mailbox(), device, on_step)
 
 
 def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | None) -> None:
@@ -388,8 +171,9 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
     elif request is None:
         say(describe(checkpoint, t5=not args.no_t5))
     else:
-        strategy, _ = plan_request(checkpoint, request, world=1)
-        say(explain(request.strategy, strategy, Settings(request.steps, request.rule, request.reuse), meta_task(checkpoint, request)))
+        strategy, _ = plan_request(checkpoint, request, args.team_size)
+        settings = Settings(request.steps, request.rule, request.reuse)
+        say(explain(request.strategy, strategy, settings, meta_task(checkpoint, request, args.team_size)))
 
 
 def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
@@ -404,16 +188,6 @@ def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Che
             if theirs[name] != value:
                 return f"The ranks disagree about {name}: rank 0 has {value!r:.80}, rank {rank} {theirs[name]!r:.80}; start all of them alike."
     return None
-
-
-def asked_timeout() -> timedelta:
-    """--timeout, which is needed before the ranks can talk about any option; a bad value is refused later with the others."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--timeout")
-    try:
-        return timedelta(seconds=min(max(0.1, float(early.parse_known_args()[0].timeout or 600)), 1e6))
-    except (ValueError, SystemExit):
-        return timedelta(seconds=600)
 
 
 def main() -> int:
@@ -434,7 +208,7 @@ def main() -> int:
             words = str(error) if isinstance(error, PeerLost) else in_a_sentence(error, place()[0], transport.step, transport.doing)
         if words:
             say(words, error=True)
-        if transport.world > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # also where the ranks have not met
             os._exit(1)  # at once: torch.distributed would wait for the others
         return 1
 
@@ -465,8 +239,7 @@ def run(transport: Transport) -> int:
         if differs := disagreement(transport, args, checkpoint, request):
             if transport.rank == 0:
                 say(differs, error=True)
-            transport.gather("done")
-            disconnect()
+            transport.leave()
             return 2
         status = 0
         try:
@@ -484,8 +257,7 @@ def run(transport: Transport) -> int:
             if transport.world > 1:
                 os._exit(1)  # at once: the others see it and end too
             return 1
-    transport.gather("done")  # nobody leaves before rank 0 has spoken
-    disconnect()
+    transport.leave()  # nobody leaves before rank 0 has spoken
     return status
 
 

@@ -75,12 +75,13 @@ def start_torchrun(options: list[str], ranks: int, folder: Path, script: tuple[s
         return subprocess.Popen([*launch, *script, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=said, stderr=said)
 
 
-def left_over(folder: Path) -> list[int]:
-    """Processes whose command line names the folder of a case."""
+def left_over(folder: Path, ranks_alone: bool = False) -> list[int]:
+    """Processes whose command line names the folder of a case; `ranks_alone`: but for torchrun."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if str(folder).encode() in (place / "cmdline").read_bytes():
+            line = (place / "cmdline").read_bytes()
+            if str(folder).encode() in line and not (ranks_alone and b"torch.distributed.run" in line):
                 found.append(int(place.name))
         except OSError:  # it has just ended
             pass
@@ -100,7 +101,7 @@ def wait_for(each: list[subprocess.Popen], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def run_case(case: Case, folder: Path, ranks: int, given: list[str], timeout: float, limit: float) -> dict:
+def run_case(case: Case, folder: Path, ranks: int, given: list[str], timeout: float, limit: float, interrupt: float = INTERRUPT) -> dict:
     """One death and what came of it."""
     out, mark, port = folder / "out", folder / "mark", free_port()
     out.mkdir()
@@ -119,10 +120,16 @@ def run_case(case: Case, folder: Path, ranks: int, given: list[str], timeout: fl
             if process.poll() is None:
                 process.send_signal(SIGNALS[case.how])
     unseen = case.how == "stop" or case.place == "start" or (case.place == "any" and case.after < 8)
-    allowed = INTERRUPT if case.how == "wait" else limit + (timeout if unseen else 0) + (TORCHRUN if case.torchrun else 0)
-    wait_for(others, allowed)
-    seconds = time.monotonic() - begun
-    hung = [process for process in others if process.poll() is None]
+    allowed = interrupt if case.how == "wait" else limit + (timeout if unseen else 0) + (TORCHRUN if case.torchrun else 0)
+    if case.torchrun and case.how == "wait":  # the ranks; torchrun takes its own time to end
+        while (hung := left_over(folder, ranks_alone=True)) and time.monotonic() < begun + allowed:
+            time.sleep(0.05)
+        seconds = time.monotonic() - begun
+        wait_for(each, TORCHRUN)
+    else:
+        wait_for(others, allowed)
+        seconds = time.monotonic() - begun
+        hung = [process for process in others if process.poll() is None]
     if not case.torchrun and case.how == "stop":
         each[case.victim].kill()  # a stopped process cannot end by itself
     wait_for(each, 10)

@@ -82,7 +82,7 @@ class Studio:
         """What there is to do for one picture."""
         family, vae = self.checkpoint.family, self.checkpoint.config("vae")
         noise = draw_noise(vae.latent_channels, SIDE // vae.factor, SIDE // vae.factor, 1000 * seed + index)
-        sampler, cut = make_sampler(family, row.sampler, row.steps), strategies(family)[row.strategy].cut(self.denoiser)
+        sampler, cut = make_sampler(family, row.sampler, row.steps), strategies(family)[row.strategy].cuts(self.denoiser)
         return Task(self.denoiser, cut, sampler, self.told[index], guidance or self.guidance, noise)
 
     def picture(self, row: Row, task: Task) -> tuple[Tensor, list[float | None]]:
@@ -100,9 +100,9 @@ class Studio:
 
     def costs(self, task: Task) -> dict[str, float]:
         """Shares of the network's parts at this cut, counted once, on the meta device."""
-        if task.cut not in self.shares:
-            self.shares[task.cut] = part_costs(replace(task, denoiser=self.checkpoint.part("denoiser").module))
-        return self.shares[task.cut]
+        if task.cuts not in self.shares:
+            self.shares[task.cuts] = part_costs(replace(task, denoiser=self.checkpoint.part("denoiser").module))
+        return self.shares[task.cuts]
 
     def reference(self, row: Row) -> list[Tensor]:
         """The pictures by `serial` with the row's sampler and its full number of steps."""

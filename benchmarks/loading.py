@@ -2,8 +2,9 @@
 
 Writes DIR/sdxl-random.safetensors once (6.9 GB, the official names and shapes, random fp16 values from one repeated
 block). Then, each in a process of its own with an empty page cache for the file (as far as the system lets it go):
-reading every tensor once with safetensors; text encoders run, denoiser ready; the same in two processes at once.
-"Ready" is when the loader returns; "touched" when every page of the denoiser is in memory. Linux only.
+reading every tensor once with safetensors; placing what a picture needs, one after the other, without running anything;
+text encoders run, denoiser ready; the same in two processes at once. "Ready" is when the loader returns; "touched" when
+every page of the denoiser is in memory; "cpu" the processor's own seconds until then. Linux only.
 """
 
 import argparse
@@ -86,26 +87,34 @@ def memory() -> dict[str, float]:
 
 def read_once(path: Path) -> dict:
     """Every tensor of the file, read with safetensors."""
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     with safe_open(path, framework="pt", device="cpu") as file:
         for name in file.keys():
             touch(file.get_tensor(name))
-    return {"read": time.perf_counter() - start, **memory()}
+    return {"read": time.perf_counter() - start, "cpu": time.process_time() - cpu, **memory()}
 
 
-def load(path: Path, dtype: torch.dtype) -> tuple[dict, object]:
-    """What a rank does before its first step; measured on a line from stdin, when all are ready."""
-    start = time.perf_counter()
+def load(path: Path, dtype: torch.dtype, run_text: bool) -> tuple[dict, object]:
+    """What a rank does before its first step (without `run_text` its text encoders are only read); measured on a line from
+    stdin, when all are ready.
+    """
+    start, cpu = time.perf_counter(), time.process_time()
     checkpoint = open_checkpoint(str(path))
-    seconds = {"opened": time.perf_counter() - start}
-    told = encode(checkpoint, "a photo of a cat", None, 1024, 1024, torch.device("cpu"), dtype)
-    seconds["text encoders ran"] = time.perf_counter() - start
+    seconds, told = {"opened": time.perf_counter() - start}, None
+    if run_text:
+        told = encode(checkpoint, "a photo of a cat", None, 1024, 1024, torch.device("cpu"), dtype)
+    else:
+        for part in ("clip_l", "clip_g"):
+            checkpoint.tokenizer(part)
+            for tensor in checkpoint.load(part, dtype).state_dict().values():
+                touch(tensor)
+    seconds["text encoders done"] = time.perf_counter() - start
     text_peak = memory()["peak"]
     denoiser = checkpoint.load("denoiser", dtype)
     seconds["denoiser ready"] = time.perf_counter() - start
     for tensor in denoiser.state_dict().values():
         touch(tensor)
-    seconds["denoiser touched"] = time.perf_counter() - start
+    seconds |= {"denoiser touched": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     print("ready", flush=True)
     sys.stdin.readline()
     return {**seconds, "peak with text encoders": text_peak, **memory()}, (told, denoiser)
@@ -117,7 +126,7 @@ def run(child: str, path: Path, dtype: str, count: int) -> list[dict]:
     empty_cache(path)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     children = [subprocess.Popen(command, **pipes) for _ in range(count)]
-    if child == "load":
+    if child != "read":
         for process in children:
             process.stdout.readline()
         for process in children:
@@ -139,21 +148,21 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="folder for the file of 6.9 GB, which stays there")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the networks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--child", choices=("read", "load"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("read", "place", "load"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = args.dir / NAME
     if args.child:
-        result, kept = (read_once(path), None) if args.child == "read" else load(path, DTYPES[args.dtype])
+        result, kept = (read_once(path), None) if args.child == "read" else load(path, DTYPES[args.dtype], args.child == "load")
         print(json.dumps(result), flush=True)
-        if args.child == "load":
+        if args.child != "read":
             sys.stdin.readline()  # stay until the others were measured
             del kept
         return
     args.dir.mkdir(parents=True, exist_ok=True)
     write_file(path)
-    runs = (("read once", "read", 1), ("one process", "load", 1), ("two processes", "load", 2))
-    runs += (("read again", "read", 1),)
+    runs = (("read once", "read", 1), ("placed, nothing run", "place", 1), ("read again", "read", 1))
+    runs += (("one process", "load", 1), ("two processes", "load", 2))
     before = os.getloadavg()[0]
     rows = [(name, run(child, path, args.dtype, count)) for name, child, count in runs]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
@@ -163,7 +172,7 @@ def main() -> None:
         "threads a process": 1,
     }  # fmt: skip
     print("; ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in conditions.items()))
-    keys = ["read", "opened", "text encoders ran", "denoiser ready", "denoiser touched", "peak with text encoders"]
+    keys = ["read", "opened", "text encoders done", "denoiser ready", "denoiser touched", "cpu", "peak with text encoders"]
     keys += ["peak", "resident", "proportional", "own", "anonymous"]
     print("\nSeconds since the start, then GB\n\n| | " + " | ".join(keys) + " |\n|" + " --- |" * (len(keys) + 1))
     for name, results in rows:

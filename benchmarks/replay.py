@@ -129,7 +129,7 @@ def replay(recording: Recording) -> tuple[bool, str]:
     denoiser = load_denoiser(folder, model, family)
     config = json.loads((folder / f"{model}.config.json").read_text(encoding="utf-8"))
     told = conditioning(recording, config.get("addition_time_embed_dim") or 256)
-    task = Task(denoiser, denoiser.default_cut(), sampler, told, float(facts["guidance_scale"]), tensors["init_noise"])
+    task = Task(denoiser, (denoiser.default_cut(),), sampler, told, float(facts["guidance_scale"]), tensors["init_noise"])
     strategy = strategies(family)["paper" if recording.hybrid else "serial"]
     records = list(denoise(task, strategy, Settings(steps, rule), Mailbox()))
 

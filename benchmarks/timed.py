@@ -24,7 +24,7 @@ PARTS = ("entry", "inner", "exit", "whole", "whole, batch 2")
 @torch.inference_mode()
 def time_parts(task: Task, transport: Transport, repeats: int) -> dict[str, float]:
     """Seconds of each of PARTS: medians over `repeats`, after one run that does not count. All ranks start each together."""
-    net, cut, told, dtype = task.denoiser, task.cut, task.conditioning["cond"], task.conditioning["cond"].text.dtype
+    net, cut, told, dtype = task.denoiser, task.cuts[0], task.conditioning["cond"], task.conditioning["cond"].text.dtype
     x, t = task.noise.to(dtype), task.sampler.timesteps[:1].to(task.noise.device)
     both = task.batch("both")
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hybridiff.schedule import (
     GUIDED,
     Extrapolate,
     Guide,
+    Join,
     Measure,
     Operation,
     Receive,
@@ -23,9 +24,8 @@ from hybridiff.schedule import (
     Step,
     Value,
     ahead,
-    entry,
-    inner,
     interleave,
+    keys,
     prediction,
 )
 from hybridiff.strategies import Settings, Strategy
@@ -38,7 +38,7 @@ class Task:
     """One picture: all that is fixed before its first step and the same on every rank."""
 
     denoiser: torch.nn.Module  # models.UNet or models.MMDiT
-    cut: Any  # where the denoiser is cut, as its class has it
+    cuts: tuple[Any, ...]  # where the denoiser is cut, as its class has it; see `Strategy.cuts`
     sampler: Sampler
     conditioning: dict[str, Any]  # "cond", "uncond", as far as this process needs them -> UNetConditioning or MMDiTConditioning, batch 1
     guidance: float
@@ -53,13 +53,29 @@ class Task:
 
     def message(self, value: Value) -> Shapes:
         """Shapes and dtypes of the tensors that make up a value on its way."""
-        text = next(iter(self.conditioning.values())).text  # (1, L, context width), in the network's dtype
         if value == DISCREPANCY:
             return [(torch.Size(()), torch.float32)]
-        if value.what == "prediction":
-            return [(self.noise.shape, text.dtype)]
-        leaves_entry, leaves_inner = self.denoiser.crossing(self.noise.shape, text.shape[1], self.cut)
-        return [(shape, text.dtype) for shape in (leaves_entry if value.what == "entry" else leaves_inner)]
+        net, latents = self.denoiser, self.noise.shape
+        dtype = next(net.parameters()).dtype
+        tokens = next((told.text.shape[1] for told in self.conditioning.values()), 0)  # a rank that runs nothing has no text
+        if value.of:
+            of_keys, of_prediction = net.sizes(latents, tokens, value.at, value.of, value.block)
+            shapes = [shape for shape in of_keys if shape] if value.what == "keys" else [of_prediction]
+        elif value.what == "prediction":
+            shapes = [latents]
+        else:
+            shapes = net.crossing(latents, tokens, self.cuts[value.at])[value.what == "inner"]
+        return [(shape, dtype) for shape in shapes]
+
+    def unpack(self, value: Value, tensors: Sequence[Tensor]) -> Any:
+        """A value from its message's tensors."""
+        if value.what in ("entry", "inner"):
+            return self.denoiser.Boundary(*tensors)
+        return self.denoiser.Keys(*tensors) if value.what == "keys" else tensors[0]
+
+    def size(self, value: Value) -> int:
+        """Bytes of a value on its way."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.message(value))
 
 
 class Worker:
@@ -93,21 +109,38 @@ class Worker:
         task, net, text = self.task, self.task.denoiser, operation.text
         conditioning = task.batch(text)
         t = task.sampler.timesteps[i - operation.late, None].to(task.noise.device)
-        if operation.part in ("whole", "entry"):
+        given, cuts, at, of = self.store.get(operation.source), task.cuts, operation.at, operation.of
+        kept = Value("skips", text, at=0 if operation.part == "exit" else at)  # what stays here between two parts
+        if operation.part in ("whole", "entry", "begin"):
             x = task.sampler.network_input(self.latents, i).to(conditioning.text.dtype)
         if operation.part == "whole" and text == "both":
             both = net(x.repeat(2, 1, 1, 1), t.repeat(2), conditioning)
             for name, half in zip(("uncond", "cond"), both.chunk(2)):
                 self.keep(prediction(name), half)
-        elif operation.part == "whole":
-            self.keep(prediction(text), net(x, t, conditioning))
-        elif operation.part == "entry":
-            self.store[entry(text)], self.store[Value("skips", text)] = net.entry(x, t, conditioning, task.cut)
-        elif operation.part == "inner":
-            self.keep(inner(text), net.inner(self.store[operation.source], t, conditioning, task.cut))
-        else:
-            features, skips = self.store[operation.source], self.store[Value("skips", text)]
-            self.keep(prediction(text), net.exit(features, skips, t, conditioning, task.cut))
+            return
+        match operation.part:
+            case "whole":
+                made = net(x, t, conditioning)
+            case "entry":
+                made, self.store[kept] = net.entry(x, t, conditioning, cuts[0])
+            case "down":
+                made, self.store[kept] = net.down(given, t, conditioning, cuts[at - 1], cuts[at])
+            case "inner":
+                made = net.inner(given, t, conditioning, cuts[at])
+            case "up":
+                made = net.up(given, self.store[kept], t, conditioning, cuts[at - 1], cuts[at])
+            case "exit":
+                made = net.exit(given, self.store[kept], t, conditioning, cuts[at])
+            case "begin":
+                made = net.begin(x, t, conditioning, at, of)
+            case "keys":
+                self.store[kept], made = net.keys(self.store[Value("slice", text)], operation.block)
+            case "attend":
+                every = [self.store.pop(keys(text, other, of, operation.block)) for other in range(1, of + 1)]
+                made = net.attend(self.store[Value("slice", text)], operation.block, self.store.pop(kept), every)
+            case "end":
+                made = net.end(self.store.pop(Value("slice", text)))
+        self.keep(operation.leaves, made)
 
     def perform(self, operation: Operation, i: int) -> None:
         """Perform one operation of step i."""
@@ -116,11 +149,14 @@ class Worker:
                 self.run(operation, i)
             case Send(value, to):
                 content = self.store[value]
-                self.transport.send(value, (content,) if isinstance(content, Tensor) else content, self.rank, to)
+                tensors = (content,) if isinstance(content, Tensor) else tuple(tensor for tensor in content if tensor is not None)
+                self.transport.send(value, tensors, self.rank, to)
             case Receive(value, source):
                 tensors = self.transport.receive(value, self.task.message(value), source, self.rank)
-                crossed = value.what in ("entry", "inner")
-                self.keep(value, self.task.denoiser.Boundary(*tensors) if crossed else tensors[0])
+                self.keep(value, self.task.unpack(value, tensors))
+            case Join(text, of):
+                slices = [self.store.pop(prediction(text, at, of)) for at in range(1, of + 1)]
+                self.keep(prediction(text), torch.cat(slices, dim=2))  # one below the other
             case Measure():
                 self.store[DISCREPANCY] = discrepancy(self.store[prediction("cond")], self.store[prediction("uncond")])
             case Extrapolate(value, made):

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 NAME = "train_free_sample.py"
-GRACE = 2.0  # seconds that the main thread has to end by itself after Ctrl-C
+GRACE = 1.0  # seconds that the main thread has to end by itself after Ctrl-C
 
 
 class Forgiving:
@@ -45,8 +45,9 @@ def prepare_streams() -> None:
 
 
 def say(text: str, error: bool = False) -> None:
-    """A line on stdout, or on stderr with the program's name before it; a progress bar makes way for it."""
+    """A line on stdout, or a sentence on stderr with the program's name before it; a progress bar makes way for it."""
     stream = sys.stderr if error else sys.stdout
+    text = shown(text, 1200) if error else text
     with tqdm.external_write_mode(file=stream):
         print(f"{NAME}: {text}" if error else text, file=stream, flush=True)
 

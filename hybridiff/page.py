@@ -255,6 +255,7 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         "<p>A diffusion model begins with noise and takes it away step by step. In every step the network is asked twice, with the prompt and "
         "without it, and the difference is amplified (<i>classifier-free guidance</i>). Two devices can share that work: this page shows how it went.</p>",
         pictures(report, result.image, serial),
+        f"<p><b>Exact:</b> {escape(report['exact']['words'])}.</p>",
         f'<div class="facts">{cards}</div>',
         stages_section(report),
         *([curve_section(report, request, switch)] if any(step["discrepancy"] is not None for step in report["steps"]) else []),
@@ -273,4 +274,4 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
 
 def save_page(page: str, folder: Path) -> None:
     """Write folder/report.html."""
-    write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace"))

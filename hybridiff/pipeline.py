@@ -2,8 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
-from typing import Callable
+from dataclasses import dataclass, replace
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import SharedError, UsageError, require_finite
 from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
-from hybridiff.schedule import Run
+from hybridiff.segments import balanced, weights_needed
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
 from hybridiff.tiles import LARGE, decode_tiled
-from hybridiff.timeline import plan_all
+from hybridiff.timeline import idle_ranks, runs_of, unit_times
 from hybridiff.transport import Transport
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
@@ -50,6 +50,7 @@ class Request:
     tiles: bool = False  # decode in tiles if the picture is large
     reuse: Reuse = Reuse()  # which steps our strategies save
     t5: str = "device"  # where and how T5 runs: "device", "cpu" or "fp8"
+    balance: bool = False  # cut where the measured times of the parts say
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Result:
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
     memory: list[dict]  # of every rank, see memory.MemoryWatch.told
+    use: dict  # how the ranks are used: "cuts", "weights" (bytes of the denoiser that each holds), "idle" (a sentence, or None), and "seconds_of_units"
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
@@ -86,21 +88,34 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     strategy = known[request.strategy]
     if request.strategy == "one-branch" and request.guidance > 1:
         raise UsageError(f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}.")
-    if world not in (None, 1, strategy.ranks) and request.strategy != "one-branch":
-        counts = "1 process" if strategy.ranks == 1 else f"1 process or {strategy.ranks} ranks"
-        raise UsageError(f"--strategy {request.strategy} runs on {counts}, not on {world}: set --nproc_per_node so.")
+    config = checkpoint.config("denoiser")
+    counts = strategy.counts(config)
+    if world in counts:
+        strategy = strategy.on(world, config)
+    elif world not in (None, 1) and request.strategy != "one-branch":
+        possible = f"1 process{f' or {in_words(counts)} ranks' if counts != [1] else ''}{' with this network' if strategy.many else ''}"
+        raise UsageError(f"--strategy {request.strategy} runs on {possible}, not on {world}: set --nproc_per_node so.")
+    if request.balance and (request.strategy != "paper" or world == 1):
+        raise UsageError("--balance chooses where paper cuts the network for several ranks: add --strategy paper and start them by torchrun, or leave it out.")
     rule = request.rule
     for name, value, least in (("window", rule.window, 1), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
-    for name, value, least in (("start", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
+    for name, value, least in (("full-first", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     if request.t5 == "fp8" and not ("t5" in checkpoint.parts and checkpoint.dtype("t5") in FP8):
         raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this checkpoint has none: leave it out or give --t5 cpu.")
+    for name, text in (("prompt", request.prompt), ("negative-prompt", request.negative_prompt or "")):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that are no UTF-8 arrive so from the command line
+            raise UsageError(f"--{name} {ascii(text):.80} is not valid Unicode: type it again, in UTF-8.")
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
+    if strategy.ranks > 2 and config.shared_blocks:
+        rows = request.height // (config.multiple * checkpoint.config("vae").factor)
+        if rows < strategy.ranks // 2:
+            raise UsageError(f"--height {request.height} is {rows} rows of patches, too few for {strategy.ranks} ranks: take fewer ranks.")
     shift = checkpoint.defaults.get("shift", 3.0)  # what the folder's scheduler says
     return strategy, make_sampler(checkpoint.family, request.sampler, request.steps, shift)
 
@@ -111,7 +126,13 @@ def draw_noise(channels: int, height: int, width: int, seed: int) -> Tensor:
     return torch.randn(1, channels, height, width, generator=generator)
 
 
-def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
+def in_words(numbers: Sequence[int]) -> str:
+    """2, 4 or 6."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def meta_task(checkpoint: Checkpoint, request: Request, world: int = 1) -> Task:
     """The task of a request on the meta device: shapes and dtypes of everything, no weights read, nothing computed."""
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
     tokens = checkpoint.config("clip_l").positions
@@ -125,8 +146,8 @@ def meta_task(checkpoint: Checkpoint, request: Request) -> Task:
         told = kind(*(torch.empty(shape, dtype=request.dtype) for shape in shapes))
         noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
     denoiser = checkpoint.part("denoiser").module.to(request.dtype)
-    strategy, sampler = plan_request(checkpoint, request, world=1)
-    return Task(denoiser, strategy.cut(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
+    strategy, sampler = plan_request(checkpoint, request, world)
+    return Task(denoiser, strategy.cuts(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
 
 
 @torch.inference_mode()
@@ -150,12 +171,26 @@ def decode(
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
 
 
+def decoded_together(request: Request, ranks: int) -> bool:
+    """Whether the ranks share the rows of a picture: where it is large, and need not be exactly the picture of one device."""
+    exact = request.strategy in ("serial", "batched", "condition", "one-branch")
+    return ranks > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+
+
 def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> list[str]:
     """The texts ("cond", "uncond") under which the ranks of this process run parts of the network: each rank encodes only its own."""
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank % strategy.ranks]
-    runs = [op for plan in plan_all(strategy, settings) for rank in here for op in plan.operations[rank] if isinstance(op, Run)]
-    run_under = {run.text for run in runs}
+    run_under = {run.text for rank in here for run in runs_of(strategy, settings, rank)}
     return [text for text in ("cond", "uncond") if text in run_under or "both" in run_under]
+
+
+def names_held(
+    checkpoint: Checkpoint, strategy: Strategy, settings: Settings, cuts: tuple, transport: Transport
+) -> tuple[str, ...] | None:
+    """How the names of the denoiser's parameters begin that this process has any use for; None for all."""
+    if transport.world == 1:
+        return None
+    return weights_needed(checkpoint.part("denoiser").module, cuts, runs_of(strategy, settings, transport.rank % strategy.ranks))
 
 
 def agree(transport: Transport, problem: str | None) -> None:
@@ -193,15 +228,27 @@ def generate(
     try:
         conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
         now, transport.doing = clock("text", now), "load"
-        denoiser = checkpoint.load("denoiser", request.dtype, device)
+        cuts = strategy.cuts(checkpoint.part("denoiser").module)
+        held = None if request.balance else names_held(checkpoint, strategy, settings, cuts, transport)
+        denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
         now = clock("load", now)
     except (UsageError, WeightsError) as error:
         problem = str(error)
     agree(transport, problem)  # the ranks begin together, so that their clocks agree
 
-    vae = checkpoint.config("vae")
+    vae, times = checkpoint.config("vae"), None
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
-    task = Task(denoiser, strategy.cut(denoiser), sampler, conditioning, request.guidance, noise)
+    task = Task(denoiser, cuts, sampler, conditioning, request.guidance, noise)
+    if request.balance:
+        times = transport.gather(unit_times(task))
+        cuts = transport.gather(balanced(denoiser, times))[0]  # rank 0's, so that the ranks cannot disagree
+        held = names_held(checkpoint, strategy, settings, cuts, transport)
+        denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
+        task = replace(task, denoiser=denoiser, cuts=cuts)
+        clock("balance", now)
+    weights = sum(p.numel() * p.element_size() for p in denoiser.state_dict().values() if not p.is_meta)
+    told = transport.gather(weights)
+    use = {"cuts": list(cuts), "seconds_of_units": times, "weights": told, "idle": idle_ranks(strategy, settings)}
     records = []
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
@@ -221,9 +268,8 @@ def generate(
     agree(transport, problem)
 
     now, transport.doing, transport.step = time.perf_counter(), "decode", -1
-    exact = request.strategy in ("serial", "batched", "condition", "one-branch")  # the picture of one device: decoded as there
-    split = transport.world > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
+    split = decoded_together(request, transport.world)
     here = split or transport.rank == 0
     image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
     clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.told()))
+    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.told()), use)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import hybridiff
 from hybridiff.clock import totals
+from hybridiff.ending import shown
 from hybridiff.errors import UsageError
-from hybridiff.pipeline import Request, Result
+from hybridiff.pipeline import Request, Result, decoded_together
 from hybridiff.switching import find_switch
+from hybridiff.tiles import LARGE
 
 
 def settings_of(request: Request, weights: str, ranks: int) -> dict:
@@ -28,7 +30,23 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
         "window": rule.window, "slope": rule.slope, "cap": rule.cap, "interval": rule.interval,
         "start": request.reuse.start, "reused": request.reuse.count,
         "dtype": str(request.dtype).removeprefix("torch."), "tiles": request.tiles, "t5": request.t5,
+        "balance": request.balance,
     }  # fmt: skip
+
+
+def exactness(request: Request, result: Result, ranks: int) -> dict:
+    """How much of the picture is, bit for bit on like devices, what `serial` makes: steps from the first on, the decoder, and both in words."""
+    stages = [record.stage for record in result.records]
+    rounds = request.strategy == "batched" or "keys" in result.bytes_sent  # kernels round by the number of rows
+    steps = 0 if rounds else stages.index("parallelism") if "parallelism" in stages else len(stages)
+    size = request.height * request.width
+    if request.tiles and size > LARGE:
+        decoder = "in tiles"
+    else:
+        decoder = f"by {ranks} ranks together" if decoded_together(request, ranks) else "whole"
+    words = "every step" if steps == len(stages) else f"the first {steps} of {len(stages)} steps" if steps else "no step"
+    words += " as serial computes it" + ("" if decoder == "whole" else f"; decoded {decoder}, which rounds otherwise")
+    return {"steps": steps, "of": len(stages), "decoder": decoder == "whole", "words": words}
 
 
 def make_report(request: Request, result: Result, weights: str, ranks: int) -> dict:
@@ -50,13 +68,23 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
         ],
         "tau1": switch.tau1 if switch else None,
         "tau2": switch.tau2 if switch else None,
+        "exact": exactness(request, result, ranks),
         "seconds": result.seconds,
         "memory": result.memory,
+        "use": result.use,
         "bytes_sent": {"total": sum(result.bytes_sent.values()), "by_operation": result.bytes_sent},
         "seed": request.seed,
         "settings": settings_of(request, weights, ranks),
         "versions": {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def in_use(use: dict) -> list[str]:
+    """Lines on how the ranks were used, where it is not the usual way: cuts that were chosen, ranks that idled or hold less than others."""
+    lines = [f"cut at {use['cuts']} after timing every unit on each rank"] if use["seconds_of_units"] else []
+    if len(set(use["weights"])) > 1:
+        lines.append("denoiser's weights held, MB: " + ", ".join(f"rank {rank} {held / 1e6:,.1f}" for rank, held in enumerate(use["weights"])))
+    return lines + ([use["idle"]] if use["idle"] else [])
 
 
 def free_name(path: Path) -> Path:
@@ -67,16 +95,16 @@ def free_name(path: Path) -> Path:
 
 def check_writable(path: Path, overwrite: bool) -> None:
     """UsageError unless a file can be made at this path (tried beside it, nothing is left behind)."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory: give the name of a file.")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already: give --overwrite, or another name.")
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if path.is_dir():
+            raise UsageError(f"{shown(str(path))} is a directory: give the name of a file.")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{shown(str(path))} is there already: give --overwrite, or another name.")
+        probe = path.with_name(f".{path.name}.{os.getpid()}")
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
+        raise UsageError(f"{shown(str(path))} cannot be written ({error.strerror}): choose another place.") from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -14,32 +14,45 @@ from hybridiff.switching import Stage
 
 
 class Value(NamedTuple):
-    """The name of a result: what it is, and the text ("cond" or "uncond") under which it was computed."""
+    """The name of a result: what it is, and the text ("cond" or "uncond") under which it was computed.
 
-    what: str  # "entry", "inner": features that left that part; "prediction"; "discrepancy"; "guided"
+    Where the network is cut several times, `at` is the number of the cut that features cross, from 0. Where the tokens are
+    divided into `of` slices, `at` is the slice that keys or a prediction belong to, from 1; `of` = 0 means all tokens.
+    """
+
+    what: str  # "entry", "inner": features that cross a cut inwards, outwards; "keys" of a block; "prediction"; "discrepancy"; "guided"
     text: str = ""
     ahead: bool = False  # extrapolated to the present step, not computed in it
+    at: int = 0
+    of: int = 0
+    block: int = 0
 
     def __str__(self) -> str:
-        return f"{self.what}.{self.text}".rstrip(".") + (" ahead" if self.ahead else "")
+        name = f"{self.what}{'' if self.of else self.at or ''}.{self.text}".rstrip(".")
+        return name + (" ahead" if self.ahead else "") + (f" {self.at}/{self.of}" if self.of else "")
 
 
 DISCREPANCY, GUIDED = Value("discrepancy"), Value("guided")
 
 
-def entry(text: str) -> Value:
-    """Features that crossed from the entry to the inner part."""
-    return Value("entry", text)
+def entry(text: str, at: int = 0) -> Value:
+    """Features that crossed a cut inwards: from the entry to the inner part."""
+    return Value("entry", text, at=at)
 
 
-def inner(text: str) -> Value:
-    """Features that crossed from the inner part to the exit."""
-    return Value("inner", text)
+def inner(text: str, at: int = 0) -> Value:
+    """Features that crossed a cut outwards: from the inner part to the exit."""
+    return Value("inner", text, at=at)
 
 
-def prediction(text: str) -> Value:
-    """What the network predicts under a text: noise or velocity."""
-    return Value("prediction", text)
+def keys(text: str, at: int, of: int, block: int) -> Value:
+    """Keys and values of one slice of the tokens in one block."""
+    return Value("keys", text, at=at, of=of, block=block)
+
+
+def prediction(text: str, at: int = 0, of: int = 0) -> Value:
+    """What the network predicts under a text, noise or velocity: all of it or one slice's rows."""
+    return Value("prediction", text, at=at, of=of)
 
 
 def ahead(value: Value) -> Value:
@@ -54,16 +67,44 @@ class Run:
     "whole" leaves prediction(text), with text "both" the predictions of both texts from one batch; "entry" leaves entry(text)
     and keeps the skips; "inner" reads `source` and leaves inner(text); "exit" reads `source` and the skips of the last
     entry under this text, and leaves prediction(text). The network is told the time of the step that lies `late` steps back.
+
+    With several cuts, these leave and read the features of cut `at`, and a ring lies between the cuts at - 1 and at: "down" reads
+    `source` and leaves entry(text, at), "up" reads `source` and the ring's skips and leaves inner(text, at - 1).
+
+    On slice `at` of `of` of the tokens: "begin" embeds it; "keys" leaves keys(text, at, of, block); "attend" reads the keys of all slices;
+    "end" leaves prediction(text, at, of).
     """
 
     part: str
     text: str
     source: Value | None = None
     late: int = 0
+    at: int = 0
+    of: int = 0
+    block: int = 0
+
+    @property
+    def unit(self) -> str:
+        """What is run, whatever the text: "whole", "entry", "down1", "keys 1/2 of block 3"."""
+        if not self.of:
+            return f"{self.part}{self.at or ''}"
+        block = f" of block {self.block}" if self.part in ("keys", "attend") else ""
+        return f"{self.part} {self.at}/{self.of}{block}"
+
+    @property
+    def leaves(self) -> Value:
+        """What it leaves in the store ("whole" under "both": both texts' predictions)."""
+        if self.part == "up":
+            return inner(self.text, self.at - 1)
+        if self.part in ("inner", "keys"):
+            return Value(self.part, self.text, at=self.at, of=self.of, block=self.block)
+        if self.part in ("entry", "down"):
+            return entry(self.text, self.at)
+        return Value("slice", self.text) if self.part in ("begin", "attend") else prediction(self.text, self.at if self.of else 0, self.of)
 
     def __str__(self) -> str:
         when = f" of {self.late} step{'s' * (self.late > 1)} ago" if self.late else ""
-        return f"run {self.part}({self.text})" + (f" on {self.source}{when}" if self.source else "")
+        return f"run {self.unit}({self.text})" + (f" on {self.source}{when}" if self.source else "")
 
 
 @dataclass(frozen=True)
@@ -86,6 +127,17 @@ class Receive:
 
     def __str__(self) -> str:
         return f"receive {self.value} <- rank {self.source}"
+
+
+@dataclass(frozen=True)
+class Join:
+    """Put the slices of a prediction together; leaves prediction(text)."""
+
+    text: str
+    of: int
+
+    def __str__(self) -> str:
+        return f"join {prediction(self.text)} of {self.of} slices"
 
 
 @dataclass(frozen=True)
@@ -132,7 +184,7 @@ class Step:
         return f"step along {self.along}"
 
 
-Operation = Run | Send | Receive | Measure | Extrapolate | Guide | Step
+Operation = Run | Send | Receive | Join | Measure | Extrapolate | Guide | Step
 
 
 @dataclass(frozen=True)
@@ -141,6 +193,11 @@ class StepPlan:
 
     stage: Stage
     operations: tuple[tuple[Operation, ...], ...]
+
+    def runs(self, rank: int | None = None) -> list[Run]:
+        """What a rank, or any rank, runs of the network."""
+        lists = self.operations if rank is None else [self.operations[rank]]
+        return [operation for operations in lists for operation in operations if isinstance(operation, Run)]
 
 
 class ScheduleError(Exception):
@@ -191,11 +248,11 @@ def check(plan: StepPlan) -> None:
             raise ScheduleError(f"rank {rank} does not step exactly once")
 
 
-def bytes_sent(plan: StepPlan, sizes: dict[str, int]) -> Counter[str]:
-    """Bytes of a step's messages by kind ("prediction", "entry", ...), given the bytes of one message of each kind."""
+def bytes_sent(plan: StepPlan, size: Callable[[Value], int]) -> Counter[str]:
+    """Bytes of a step's messages by kind ("prediction", "entry", ...), given the bytes of a value."""
     total: Counter[str] = Counter()
     for operations in plan.operations:
         for operation in operations:
             if isinstance(operation, Send):
-                total[operation.value.what] += sizes[operation.value.what]
+                total[operation.value.what] += size(operation.value)
     return total

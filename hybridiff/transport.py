@@ -106,6 +106,9 @@ class Mailbox(Transport):
     def until_all_come(self) -> None:
         """Nobody to wait for."""
 
+    def leave(self) -> None:
+        """Nobody to leave."""
+
     def finish(self) -> Counter[str]:
         """Bytes by kind over all ranks since the last call."""
         sent, self.sent = self.sent, Counter()
@@ -131,6 +134,7 @@ class Ranks(Transport):
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
+        self.farewells = None  # the group of `watch_peers`
         self.under_way: deque[tuple[dist.Work, Tensor]] = deque()  # sends keep their tensors alive until they are done
 
     @contextmanager
@@ -188,6 +192,38 @@ class Ranks(Transport):
                 for pair in itertools.permutations(members, 2)
             }
         self.lanes = {(a, b): lanes.get((self.members[a], self.members[b])) for a, b in itertools.permutations(range(self.world), 2)}
+
+        if self.backend == "nccl":
+            self.watch_peers()
+
+    def watch_peers(self) -> None:
+        """End this process when a rank of its team ends early: NCCL would wait for it until the timeout. Every rank must call it.
+
+        A thread for each of them waits, over gloo, for the word that `leave` sends.
+        """
+        with self.waiting("the other ranks to connect"):
+            self.farewells = dist.new_group(timeout=timedelta(days=30), backend="gloo")
+
+        def watch(rank: int) -> None:
+            try:
+                dist.recv(torch.zeros(1), self.members[rank], group=self.farewells)
+            except RuntimeError:
+                say(f"rank {self.rank} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
+                os._exit(1)
+
+        for rank in range(self.world):
+            if rank != self.rank:
+                threading.Thread(target=watch, args=(rank,), daemon=True).start()
+
+    def leave(self) -> None:
+        """The end of all work: nobody leaves before all ranks of the team have come here."""
+        self.gather("done")
+        if self.farewells is not None:
+            words = [dist.isend(torch.ones(1), self.members[rank], group=self.farewells) for rank in range(self.world) if rank != self.rank]
+            with self.waiting("the other ranks to leave"):
+                for word in words:
+                    word.wait()
+        disconnect()
 
     def arrived(self, sender: int, to: int) -> bool:
         """Always: `receive` waits by itself."""

@@ -5,10 +5,13 @@ single file after `model.diffusion_model.`.
 
 A *cut* is a range (a, b) of the joint blocks. `entry` embeds latents and text and runs blocks [0, a); `inner` runs [a, b);
 `exit` runs [b, depth) and the final layer. Image and text tokens cross. `forward` is exit(inner(entry)), whatever the cut.
+
+The sequence can be divided too: `begin` takes some rows of the image's patches and some of the text's tokens, and then `keys`
+and `attend` run one block after the other on this slice alone, given the keys and values of the other slices; `end` leaves its rows of the prediction.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,16 @@ class MMDiTConfig:
     dual_blocks: int = 0  # the first so many blocks have a second self-attention over the image tokens (SD3.5-medium)
 
     @property
+    def segments(self) -> int:
+        """Into how many segments it can be cut at most."""
+        return self.depth
+
+    @property
+    def shared_blocks(self) -> int:
+        """How many blocks several devices can share by slices of the sequence: all."""
+        return self.depth
+
+    @property
     def multiple(self) -> int:
         """Height and width of the latents must be multiples of this."""
         return self.patch
@@ -56,6 +69,40 @@ class Tokens(NamedTuple):
 
     image: Tensor  # (B, h/2 * w/2, width)
     text: Tensor  # (B, L, width)
+
+
+class Keys(NamedTuple):
+    """Keys and values of some tokens in one block, each (B, heads, tokens, width / heads)."""
+
+    text_k: Tensor
+    text_v: Tensor
+    image_k: Tensor
+    image_v: Tensor
+    image_k2: Tensor | None = None  # of the second attention, where the block has one
+    image_v2: Tensor | None = None
+
+
+class Queries(NamedTuple):
+    """What some tokens keep for themselves between `JointBlock.project` and `JointBlock.attend`."""
+
+    text: Tensor  # queries, as in Keys
+    image: Tensor
+    image2: Tensor | None
+    text_mod: tuple[Tensor, ...]  # see StreamBlock.modulation
+    image_mod: tuple[Tensor, ...]
+
+
+class Slice(NamedTuple):
+    """Some of the tokens on their way through the network."""
+
+    tokens: Tokens
+    c: Tensor  # (B, width), the conditioning vector of every block
+    columns: int  # patches in a row of the image
+
+
+def piece(length: int, number: int, of: int) -> slice:
+    """The number-th (from 1) of `of` pieces of a length, as equal as can be."""
+    return slice(length * (number - 1) // of, length * number // of)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -127,16 +174,18 @@ class StreamBlock(nn.Module):
         """Conditioning c (B, C) -> shift, scale[, gate, shift, scale, gate of the MLP[, the same of attn2]]."""
         return self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
 
-    def finish(self, x: Tensor, normed: Tensor, attended: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
-        """Add the joint attention's result, then the second attention (if any), then the MLP."""
+    def finish(self, x: Tensor, attended: Tensor, attended2: Tensor | None, mod: tuple[Tensor, ...]) -> Tensor:
+        """Add the joint attention's result, then the second attention's (if any), then the MLP."""
         gate, shift_mlp, scale_mlp, gate_mlp = mod[2:6]
         x = x + gate[:, None] * self.attn.proj(attended)
-        if self.chunks == 9:
-            shift2, scale2, gate2 = mod[6:]
-            q, k, v = self.attn2.project(modulate(normed, shift2, scale2))
-            attended2 = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-            x = x + gate2[:, None] * self.attn2.proj(attended2)
+        if attended2 is not None:
+            x = x + mod[8][:, None] * self.attn2.proj(attended2)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every query attends to all keys. (B, heads, N, d) -> (B, N, heads * d)."""
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
 
 class JointBlock(nn.Module):
@@ -147,19 +196,30 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(width, heads, qk_norm, last=last)
         self.x_block = StreamBlock(width, heads, qk_norm, dual=dual)
 
-    def forward(self, tokens: Tokens, c: Tensor) -> Tokens:
-        image, text = tokens
+    def project(self, tokens: Tokens, c: Tensor) -> tuple[Queries, Keys]:
+        """Queries, keys and values of some tokens: all that does not need the other tokens."""
         image_mod, text_mod = self.x_block.modulation(c), self.context_block.modulation(c)
-        image_normed, text_normed = self.x_block.norm(image), self.context_block.norm(text)
-        image_qkv = self.x_block.attn.project(modulate(image_normed, *image_mod[:2]))
-        text_qkv = self.context_block.attn.project(modulate(text_normed, *text_mod[:2]))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv))  # (B, heads, L + N, d), text first
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        text_attended, image_attended = attended.split([text.shape[1], image.shape[1]], dim=1)
-        image = self.x_block.finish(image, image_normed, image_attended, image_mod)
+        image_normed, text_normed = self.x_block.norm(tokens.image), self.context_block.norm(tokens.text)
+        image_q, *image_kv = self.x_block.attn.project(modulate(image_normed, *image_mod[:2]))
+        text_q, *text_kv = self.context_block.attn.project(modulate(text_normed, *text_mod[:2]))
+        image_q2, *image_kv2 = None, None, None
+        if self.x_block.chunks == 9:
+            image_q2, *image_kv2 = self.x_block.attn2.project(modulate(image_normed, *image_mod[6:8]))
+        return Queries(text_q, image_q, image_q2, text_mod, image_mod), Keys(*text_kv, *image_kv, *image_kv2)
+
+    def attend(self, tokens: Tokens, queries: Queries, keys: Keys) -> Tokens:
+        """The rest of the block for the tokens whose queries are given, with the keys and values of all tokens."""
+        q = torch.cat([queries.text, queries.image], dim=2)  # (B, heads, L + N, d), text first
+        k, v = torch.cat([keys.text_k, keys.image_k], dim=2), torch.cat([keys.text_v, keys.image_v], dim=2)
+        text_attended, image_attended = attention(q, k, v).split([tokens.text.shape[1], tokens.image.shape[1]], dim=1)
+        attended2 = None if queries.image2 is None else attention(queries.image2, keys.image_k2, keys.image_v2)
+        image, text = self.x_block.finish(tokens.image, image_attended, attended2, queries.image_mod), tokens.text
         if self.context_block.chunks > 2:
-            text = self.context_block.finish(text, text_normed, text_attended, text_mod)
+            text = self.context_block.finish(text, text_attended, None, queries.text_mod)
         return Tokens(image, text)
+
+    def forward(self, tokens: Tokens, c: Tensor) -> Tokens:
+        return self.attend(tokens, *self.project(tokens, c))
 
 
 class PatchEmbed(nn.Module):
@@ -201,7 +261,7 @@ class FinalLayer(nn.Module):
 class MMDiT(nn.Module):
     """Predicts the velocity (noise - image) of latents x (B, C, h, w); h and w multiples of the patch."""
 
-    Boundary = Tokens
+    Boundary, Keys = Tokens, Keys
     frequencies = 256  # width of the sinusoid of the time
 
     def __init__(self, config: MMDiTConfig):
@@ -260,9 +320,34 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """Joint blocks [b, depth) and the final layer -> velocity (B, C, h, w)."""
         tokens = self.run_blocks(tokens, t, conditioning, cut[1], self.config.depth)
-        patches = self.final_layer(tokens.image, self.embed(t, conditioning))
+        return self.predict(tokens.image, self.embed(t, conditioning), grid[1])
+
+    def predict(self, image: Tensor, c: Tensor, columns: int) -> Tensor:
+        """The final layer: image tokens in rows of `columns` -> velocity (B, C, h, w)."""
         p = self.config.patch
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=p, q=p)
+        return rearrange(self.final_layer(image, c), "b (h w) (p q c) -> b c (h p) (w q)", w=columns, p=p, q=p)
+
+    def begin(self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning, number: int, of: int) -> Slice:
+        """Embed the number-th (from 1) of `of` slices: rows of patches of the latents x (B, C, h, w), and tokens of the text."""
+        h, w = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
+        rows, words = piece(h, number, of), piece(conditioning.text.shape[1], number, of)
+        latents = x[:, :, rows.start * self.config.patch : rows.stop * self.config.patch]
+        image = self.x_embedder(latents) + self.positions(h, w)[:, rows.start * w : rows.stop * w]
+        tokens = Tokens(image, self.context_embedder(conditioning.text[:, words]))
+        return Slice(tokens, self.embed(t, conditioning), w)
+
+    def keys(self, part: Slice, block: int) -> tuple[Queries, Keys]:
+        """The first half of a block on a slice: its queries, and the keys and values that all slices need."""
+        return self.joint_blocks[block].project(part.tokens, part.c)
+
+    def attend(self, part: Slice, block: int, queries: Queries, keys: Sequence[Keys]) -> Slice:
+        """The second half of a block on a slice, with the keys and values of all slices in their order."""
+        together = Keys(*(None if same[0] is None else torch.cat(same, dim=2) for same in zip(*keys)))
+        return part._replace(tokens=self.joint_blocks[block].attend(part.tokens, queries, together))
+
+    def end(self, part: Slice) -> Tensor:
+        """The slice's rows of the velocity (B, C, rows, w)."""
+        return self.predict(part.tokens.image, part.c, part.columns)
 
     def default_cut(self) -> tuple[int, int]:
         """The paper's cut of SD3: the first half of the blocks is inner, the second half exit, the entry empty."""
@@ -272,12 +357,28 @@ class MMDiT(nn.Module):
         """A cut with work on both sides: the half of the blocks in the middle is inner."""
         return self.config.depth // 4, self.config.depth // 4 + self.config.depth // 2
 
+    def cuts(self, positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Cuts from positions between blocks, one segment after the other."""
+        return tuple(zip((0, *positions), positions))
+
+    def unit_sizes(self) -> list[float]:
+        """About the work in each block: they are alike."""
+        return [1.0] * self.config.depth
+
     def crossing(self, latents: torch.Size, text_tokens: int, cut: tuple[int, int]) -> tuple[Tokens, Tokens]:
         """Shapes of what leaves `entry` and of what leaves `inner`, for latents of shape (B, C, h, w)."""
         b, _, h, w = latents
         image = torch.Size((b, (h // self.config.patch) * (w // self.config.patch), self.config.width))
         tokens = Tokens(image, torch.Size((b, text_tokens, self.config.width)))
         return tokens, tokens
+
+    def sizes(self, latents: torch.Size, text_tokens: int, number: int, of: int, block: int) -> tuple[Keys, torch.Size]:
+        """Shapes of a slice's keys and values in a block, and of its rows of the prediction, for latents (B, C, h, w)."""
+        (b, channels, h, w), p, heads = latents, self.config.patch, self.config.heads
+        rows, words = (len(range(length)[piece(length, number, of)]) for length in (h // p, text_tokens))
+        text, image = (torch.Size((b, heads, n, self.config.width // heads)) for n in (words, rows * (w // p)))
+        dual = (image, image) if block < self.config.dual_blocks else ()
+        return Keys(text, text, image, image, *dual), torch.Size((b, channels, rows * p, w))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning) -> Tensor:
         cut = self.default_cut()

@@ -73,7 +73,11 @@ class T5Tokenizer:
 
     def __init__(self, model_file: str | Path, length: int = 77, extra_ids: int = 0):
         model = Path(model_file).read_bytes()
+        if not model:  # which the package takes for a model without pieces
+            raise ValueError("it is empty")
         processor = SentencePieceProcessor(model_proto=model)  # refuses what is no such model
+        if (processor.pad_id(), processor.eos_id(), processor.unk_id()) != (0, 1, 2):
+            raise ValueError("its first pieces are not T5's padding, end and unknown")
         pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
         extra = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
         self.words, self.length = len(pieces), length

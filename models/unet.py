@@ -5,7 +5,8 @@ names are those of the official single file after `model.diffusion_model.`.
 
 A *cut* is a depth d. `entry` runs input_blocks[:d]; `inner` runs input_blocks[d:], the middle and output_blocks[:n-d];
 `exit` runs output_blocks[n-d:] and the output layers. The skips made by `entry` are read by `exit` alone, so exactly one
-tensor crosses in each direction. `forward` is exit(inner(entry)), whatever the cut.
+tensor crosses in each direction. `forward` is exit(inner(entry)), whatever the cut. Cuts nest: between an `outer` depth and
+a deeper one lies a ring, of which `down` runs the input blocks and `up` the output blocks.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ class UNetConfig:
     def input_blocks(self) -> int:
         """n: the number of input blocks, and of output blocks."""
         return len(self.multipliers) * (self.blocks + 1)
+
+    @property
+    def segments(self) -> int:
+        """Into how many segments it can be cut at most."""
+        return self.input_blocks
+
+    @property
+    def shared_blocks(self) -> int:
+        """How many blocks several devices can share: none."""
+        return 0
 
     @property
     def multiple(self) -> int:
@@ -279,35 +290,53 @@ class UNet(nn.Module):
 
     def entry(self, x: Tensor, t: Tensor, conditioning: UNetConditioning, cut: int) -> tuple[Features, list[Tensor]]:
         """input_blocks[:cut] on the latents. Returns what crosses the cut and the skips, which stay."""
-        emb, skips = self.embed(t, conditioning), []
-        for block in self.input_blocks[:cut]:
-            x = block(x, emb, conditioning.text)
-            skips.append(x)
-        return Features(x), skips
+        skips = self.descend(self.input_blocks[:cut], x, t, conditioning)
+        return Features(skips[-1]), skips
+
+    def down(
+        self, features: Features, t: Tensor, conditioning: UNetConditioning, outer: int, cut: int
+    ) -> tuple[Features, list[Tensor]]:
+        """input_blocks[outer:cut] on what crossed the cut `outer`. Returns what crosses `cut` and what `up` needs."""
+        h = features.hidden  # stays at the bottom of the skips: what leaves has the side of what came
+        skips = [h, *self.descend(self.input_blocks[outer:cut], h, t, conditioning)]
+        return Features(skips[-1]), skips
 
     def inner(self, features: Features, t: Tensor, conditioning: UNetConditioning, cut: int) -> Features:
         """input_blocks[cut:], the middle, output_blocks[:n-cut]."""
-        emb, h = self.embed(t, conditioning), features.hidden
-        skips = [h]  # stays at the bottom: what leaves has the side of what came
-        for block in self.input_blocks[cut:]:
-            h = block(h, emb, conditioning.text)
-            skips.append(h)
-        h = self.middle_block(h, emb, conditioning.text)
-        blocks = self.output_blocks[: self.config.input_blocks - cut]
-        return Features(self.climb(blocks, h, skips, emb, conditioning.text))
+        deepest, skips = self.down(features, t, conditioning, cut, self.config.input_blocks)
+        h = self.middle_block(deepest.hidden, self.embed(t, conditioning), conditioning.text)
+        return self.up(Features(h), skips, t, conditioning, cut, self.config.input_blocks)
+
+    def up(
+        self, features: Features, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning, outer: int, cut: int
+    ) -> Features:
+        """output_blocks[n-cut:n-outer] on what crossed `cut` outwards, with the skips of `down`. Returns what crosses `outer`."""
+        n = self.config.input_blocks
+        return Features(self.climb(self.output_blocks[n - cut : n - outer], features.hidden, skips, t, conditioning))
 
     def exit(
         self, features: Features, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning, cut: int
     ) -> Tensor:
         """output_blocks[n-cut:] and the output layers -> predicted noise (B, out_channels, h, w)."""
-        emb, blocks = self.embed(t, conditioning), self.output_blocks[self.config.input_blocks - cut :]
-        return self.out(self.climb(blocks, features.hidden, list(skips), emb, conditioning.text))
+        blocks = self.output_blocks[self.config.input_blocks - cut :]
+        return self.out(self.climb(blocks, features.hidden, skips, t, conditioning))
 
-    def climb(self, blocks: nn.ModuleList, h: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
+    def descend(self, blocks: nn.ModuleList, h: Tensor, t: Tensor, conditioning: UNetConditioning) -> list[Tensor]:
+        """Input blocks one after the other: the result of each."""
+        emb, skips = self.embed(t, conditioning), []
+        for block in blocks:
+            h = block(h, emb, conditioning.text)
+            skips.append(h)
+        return skips
+
+    def climb(
+        self, blocks: nn.ModuleList, h: Tensor, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning
+    ) -> Tensor:
         """Output blocks, each on its skip too; upsampling goes to the side of the next skip, as in diffusers."""
+        emb, skips = self.embed(t, conditioning), list(skips)
         for block in blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            h = block(h, emb, context, skips[-1].shape[2:] if skips else None)
+            h = block(h, emb, conditioning.text, skips[-1].shape[2:] if skips else None)
         return h
 
     def default_cut(self) -> int:
@@ -317,6 +346,26 @@ class UNet(nn.Module):
     def nested_cut(self) -> int:
         """A cut with work on both sides: the default one is."""
         return self.default_cut()
+
+    def cuts(self, depths: tuple[int, ...]) -> tuple[int, ...]:
+        """Nested cuts from the positions between units; a unit is an input block with its output block, the last with the middle."""
+        return depths
+
+    def names(self, outer: int, cut: int) -> list[str]:
+        """How the names of the parameters begin that a ring needs; a ring down to n has the middle too."""
+        n = self.config.input_blocks
+        blocks = [f"input_blocks.{i}." for i in range(outer, cut)] + [f"output_blocks.{i}." for i in range(n - cut, n - outer)]
+        return ["time_embed.", "label_emb.", *blocks, *(["out."] if outer == 0 else []), *(["middle_block."] if cut == n else [])]
+
+    def unit_sizes(self) -> list[float]:
+        """About the work in each unit, whatever the size of the picture: parameters by positions at their level."""
+        sizes = []
+        for i, block in enumerate(self.input_blocks):
+            layers = [block, self.output_blocks[self.config.input_blocks - 1 - i]]
+            layers += [self.middle_block] if i == self.config.input_blocks - 1 else []
+            weights = sum(p.numel() for layer in layers for p in layer.parameters())
+            sizes.append(weights / 4 ** (i // (self.config.blocks + 1)))
+        return sizes
 
     def crossing(self, latents: torch.Size, text_tokens: int, cut: int) -> tuple[Features, Features]:
         """Shapes of what leaves `entry` and of what leaves `inner`, for latents (B, C, h, w); 0 < cut < input blocks."""

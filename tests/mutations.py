@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,11 +134,21 @@ def reconfigured(data: bytes, rng: random.Random) -> bytes:
     return joined(header, body)
 
 
+def numbered(data: bytes, rng: random.Random) -> bytes:
+    """Thousands of empty tensors that count blocks up: a small file that describes a huge network."""
+    header, body = split(data)
+    key = rng.choice([key for key in header if re.search(r"\.\d+\.", key)])
+    start, _, rest = re.split(r"\.(\d+)\.", key, maxsplit=1)
+    for i in range(2000):
+        header.setdefault(f"{start}.{i}.{rest}", {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]})
+    return joined(header, body)
+
+
 def foreign(data: bytes, rng: random.Random) -> bytes:
     return rng.choice(FOREIGN)
 
 
-MUTATIONS = (truncated, extended, flipped, scrambled, misdescribed, reshaped, renamed, repacked, reconfigured, foreign)
+MUTATIONS = (truncated, extended, flipped, scrambled, misdescribed, reshaped, renamed, repacked, reconfigured, numbered, foreign)
 
 
 def outcome(path: Path) -> str:

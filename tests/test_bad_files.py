@@ -82,6 +82,7 @@ def test_missing_extra_and_misshaped_tensors_are_listed_together(tmp_path: Path)
     (["unet.up_blocks.0.attn1.to_q.lora_A.weight"], "LoRA"),
     (["control_model.input_hint_block.0.weight"], "ControlNet"),
     (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "Flux"),
+    (["model.diffusion_model.scaled_fp8", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.scale_weight"], "fp8 weights with scales"),
     (["conditioner.embedders.0.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"], "refiner"),
     (["first_stage_model.decoder.conv_in.bias"], "autoencoder alone"),
     (["down_blocks.0.resnets.0.conv1.bias"], "Hugging Face naming"), (["x"], "neither"),
@@ -93,8 +94,12 @@ def test_other_kinds_of_file_are_named(names: list[str], words: str, tmp_path: P
 
 def test_variants_that_would_give_noise_are_refused(tmp_path: Path):
     states = random_states("sdxl", torch.float16)
-    extra = {"v_pred": torch.zeros(0)}
-    assert "v-prediction" in sentence(write_single(tmp_path / "v.safetensors", "sdxl", states, extra=extra))
+    for name in ("v_pred", "ztsnr", "edm_vpred.sigma_max"):
+        path = write_single(tmp_path / "v.safetensors", "sdxl", states, extra={name: torch.zeros(0)})
+        assert "v-prediction" in sentence(path)
+    for kind in ("epsilon", "v"):
+        path = write_sparse(tmp_path / "m.safetensors", tensors("sdxl-base-1.0.single"), {"modelspec.prediction_type": kind})
+        assert "v-prediction" in sentence(path) if kind == "v" else open_checkpoint(str(path))
     wide = torch.zeros(64, 9, 3, 3, dtype=torch.float16)
     states["denoiser"]["input_blocks.0.0.weight"] = wide
     assert "inpainting" in sentence(write_single(tmp_path / "i.safetensors", "sdxl", states))
@@ -115,6 +120,24 @@ def test_folders_without_their_parts(tmp_path: Path):
     assert "only pickles" in sentence(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert "neither SDXL's U-Net nor SD3's MMDiT" in sentence(tmp_path)
+
+
+def test_other_models_in_folders(tmp_path: Path):
+    """Stable Diffusion 1, and what tells the refiner: it reads bigG alone, 1280 wide."""
+    write_sparse(tmp_path / "sd1" / "unet" / "diffusion_pytorch_model.safetensors", tensors("sd-1.5.hf.unet"))
+    assert "Stable Diffusion 1 or 2" in sentence(tmp_path / "sd1")
+    refiner = {"add_embedding.linear_1.weight": ("F16", (1536, 2560)),
+               "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": ("F16", (1536, 1280))}  # fmt: skip
+    write_sparse(tmp_path / "refiner" / "unet" / "diffusion_pytorch_model.safetensors", refiner)
+    assert "refiner" in sentence(tmp_path / "refiner")
+
+
+@pytest.mark.parametrize("part, text", [("unet", '{"norm_eps": 1e-06}'), ("unet", '{"flip_sin_to_cos": false}'), ("vae", '{"latents_mean": [0, 0, 0, 0]}'),
+                                        ("text_encoder", '{"layer_norm_eps": 1e-06}')])  # fmt: skip
+def test_a_config_json_that_asks_for_what_is_not_done_here(part: str, text: str, tmp_path: Path):
+    write_folder(tmp_path, "sdxl", random_states("sdxl", torch.float16))
+    (tmp_path / part / "config.json").write_text(text)
+    assert f"{text.split(chr(34))[1]} = " in sentence(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"norm_num_groups": "x"}', '{"attention_head_dim": [1]}', "\udcff",
@@ -169,6 +192,8 @@ def test_schedules_of_sdxl_folders(field: str | None, tmp_path: Path):
 
 
 def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "\udcff.safetensors").write_bytes(b"x" * 99)
+    assert "rename it" in sentence(tmp_path / "\udcff.safetensors")
     names = "nothing", "no/such/file.safetensors", "a\0b", "", "x" * 5000, "demo-sd4", "/dev/null", "~nobody.here/x"
     for name in names:
         sentence(name)

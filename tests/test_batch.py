@@ -62,14 +62,15 @@ def test_teams_stay_within_a_machine():
 @pytest.mark.parametrize("weights", ["demo-sdxl", "demo-sd3"])
 def test_every_picture_equals_the_one_made_alone(weights, tmp_path, monkeypatch):
     """`equal` pixels: two pairs of ranks with a prompt that fails among them, against single runs in one process."""
-    (tmp_path / "prompts").write_text(LINES + '{"prompt": "a star", "height": 100}\n')
+    (tmp_path / "prompts").write_text('{"prompt": "a blue star", "guidance": 1}\n' + LINES + '{"prompt": "a star", "height": 100}\n')
     fixed = ["--weights", weights, "--steps", "8", "--seed", "3"]
     ran = torchrun(*fixed, "--prompts", str(tmp_path / "prompts"), "--out", str(tmp_path / "all"), ranks=4)
-    assert ran.returncode != 0 and "3 pictures made, 1 failed" in ran.stdout, ran.stderr
-    assert len(ran.stdout.splitlines()) == 6 and "Traceback" not in ran.stderr.partition("torch/distributed")[0]
+    assert ran.returncode != 0 and "4 pictures made, 1 failed" in ran.stdout, ran.stderr
+    assert len(ran.stdout.splitlines()) == 7 and "Traceback" not in ran.stderr.partition("torch/distributed")[0]
     lines = {line["number"]: line for line in manifest(tmp_path / "all")}
-    assert [lines[n]["status"] for n in range(4)] == ["made", "made", "made", "failed"] and "--height 100" in lines[3]["why"]
+    assert [lines[n]["status"] for n in range(5)] == ["made"] * 4 + ["failed"] and "--height 100" in lines[4]["why"]
     alone = [
+        ["--prompt", "a blue star", "--guidance", "1"],
         ["--prompt", "a large red circle on a blue background"],
         ["--prompt", "a small green star on a white background", "--seed", "5", "--guidance", "3", "--negative-prompt", "red"],
         ["--prompt", "a big violet ring on a yellow background", "--height", "96", "--width", "160"],

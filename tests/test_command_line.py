@@ -1,15 +1,23 @@
 """The command line as a user meets it: pictures, reports and refusals, in one process and under torchrun."""
 
 import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from official import tensors, write_sparse
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
+import hybridiff.options
 import train_free_sample
+from benchmarks.fuzz_commands import draw, try_line
+from hybridiff.options import usual_dtype
+from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)
 STAGES = ["warm-up", "parallelism", "fully-connecting"]
@@ -88,8 +96,9 @@ REFUSED = [
     ("--weights", "demo-sd3", "--height", "100000"), ("--steps", "0"), ("--steps", "-3"), ("--steps", "1000"),
     ("--steps", "many"), ("--guidance", "nan"), ("--preset", "paper", "--window", "0"),
     ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
-    ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--start", "1"),
+    ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--full-first", "1"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
+    ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"),
 ]  # fmt: skip
 
 
@@ -134,6 +143,15 @@ def test_check_says_what_is_there(capsys, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stored, usual", [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float16), ("F8_E4M3", torch.float16)])
+def test_the_usual_precision(stored, usual, tmp_path):
+    """fp32 on the CPU; on CUDA bf16 if the denoiser is stored so, else fp16."""
+    names = {key: (stored, shape) for key, (_, shape) in tensors("sd3.5-medium.single").items()}
+    checkpoint = open_checkpoint(str(write_sparse(tmp_path / "m.safetensors", names)))
+    assert usual_dtype(checkpoint, torch.device("cuda")) == usual
+    assert usual_dtype(checkpoint, torch.device("cpu")) == torch.float32
+
+
 def test_sd3_without_t5(monkeypatch, tmp_path):
     """Another picture than with T5, but a picture."""
     options = ["--weights", "demo-sd3", "--steps", "3", "--seed", "1", "--out"]
@@ -141,6 +159,31 @@ def test_sd3_without_t5(monkeypatch, tmp_path):
     assert call(monkeypatch, *options, str(tmp_path / "without.png"), "--no-t5") == 0
     pictures = [Image.open(tmp_path / name).tobytes() for name in ("with.png", "without.png")]
     assert pictures[0] != pictures[1]
+
+
+def test_any_command_line_ends_well():
+    """A seeded sample of `benchmarks/fuzz_commands.py`: a whole picture or one sentence."""
+    rng = random.Random(11)
+    for line in [draw(rng, False) for _ in range(12)]:
+        assert not (result := try_line(line, False))["wrong"], result
+
+
+def test_torchrun_passes_every_option_on(monkeypatch):
+    """torchrun looks at the script's options too, and gives up where one begins like two of its own, as --start does."""
+    options = []
+    monkeypatch.setattr(hybridiff.options.Parser, "parse_args", lambda parser: options.extend(parser._option_string_actions))
+    hybridiff.options.parse_arguments()
+    for option in options:
+        told = get_args_parser().parse_args(["--standalone", str(SCRIPT), option, "5"])
+        assert told.training_script_args == [option, "5"]
+
+
+def test_a_lone_surrogate_is_refused_in_a_prompt(tmp_path, monkeypatch, capsys):
+    """Bytes that are no UTF-8; a prompt in UTF-8 is understood whatever the locale has made of it."""
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "--prompt", "a \udcff", "--out", "p.png") == 2 and "U+DCFF" in capsys.readouterr().err
+    assert call(monkeypatch, "--steps", "1", "--prompt", "gr\udcc3\udcbcn", "--out", "p.png") == 0
+    assert Image.open("p.png").text["prompt"] == "grün"
 
 
 def test_without_guidance_one_branch_is_run(tmp_path, monkeypatch, capsys):

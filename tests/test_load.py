@@ -3,6 +3,7 @@
 Comparisons of tensors are `equal` throughout; bad files end in a WeightsError of one sentence.
 """
 
+import io
 import shutil
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from official import tensors, write_sparse
@@ -80,6 +82,15 @@ def test_weights_in_the_dtype_of_the_file_are_the_mapped_file(single: Path):
     assert all(any(a <= p.data_ptr() < b for a, b in ranges) for p in module.parameters())
 
 
+def test_a_file_is_mapped_anew_on_the_way(single: Path, states: dict, monkeypatch: pytest.MonkeyPatch):
+    """At once here, at full size every half gigabyte: `equal` tensors, and after a conversion no page of the file is held."""
+    monkeypatch.setattr("weights.files.REMAP", 0)
+    checkpoint = open_checkpoint(str(single))
+    assert_equal(checkpoint, states)
+    kept = [checkpoint.load(part, torch.float32) for part in checkpoint.parts]
+    assert kept and str(single) not in Path("/proc/self/maps").read_text()
+
+
 def test_shards_and_fp16_variants_of_a_folder(family: str, states: dict, folder: Path, tmp_path: Path):
     write_folder(tmp_path / "shards", family, states, shard_size="300KB")
     assert list((tmp_path / "shards").rglob("*-of-*.safetensors"))
@@ -88,6 +99,12 @@ def test_shards_and_fp16_variants_of_a_folder(family: str, states: dict, folder:
     for file in list((tmp_path / "fp16").rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))
     assert_equal(open_checkpoint(str(tmp_path / "fp16")), states)
+    shutil.copytree(tmp_path / "shards", tmp_path / "old")  # numbers before the variant, as diffusers once named them
+    for file in list((tmp_path / "old").rglob("*.safetensors")):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    for stray in ("another_model", "pytorch_lora_weights"):  # beside the model's own file
+        save_file({"x": torch.zeros(1)}, next((tmp_path / "old").glob("vae/*.safetensors")).with_name(f"{stray}.safetensors"))
+    assert_equal(open_checkpoint(str(tmp_path / "old")), states)
     next((tmp_path / "shards").rglob("*-00002-of-*.safetensors")).unlink()
     with pytest.raises(WeightsError, match="shards: fetch the others"):
         open_checkpoint(str(tmp_path / "shards"))
@@ -98,7 +115,7 @@ def test_optional_tensors_are_accepted_present(family: str, states: dict, tmp_pa
         PREFIXES[family]["clip_l"] + "text_model.embeddings.position_ids": torch.arange(12)[None],
         "model_ema.decay": torch.tensor(0.5), "alphas_cumprod": torch.zeros(1000), "betas": torch.zeros(1000),
     }  # fmt: skip
-    extra |= {"denoiser.sigmas": torch.zeros(1000)} if family == "sdxl" else {
+    extra |= {"denoiser.sigmas": torch.zeros(1000), "conditioner.embedders.0.logit_scale": torch.tensor(4.6)} if family == "sdxl" else {
         "model.model_sampling.sigmas": torch.zeros(1000), "text_encoders.t5xxl.logit_scale": torch.tensor(1.0),
     }  # fmt: skip
     assert_equal(open_checkpoint(str(write_single(tmp_path / "x.safetensors", family, states, extra=extra))), states)
@@ -174,11 +191,29 @@ def test_text_encoders_beside_an_sd3_file_or_by_option(tmp_path: Path):
         files.append(tmp_path / f"{i}.safetensors")  # the names tell nothing
         save_file(state, files[-1])
     assert_equal(open_checkpoint(str(alone), text_encoders=[str(file) for file in files]), states)
+    with pytest.raises(WeightsError, match="both a clip_g text encoder"):
+        open_checkpoint(str(alone), text_encoders=[str(files[1]), str(files[0]), str(files[1])])
     for file in files:
         shutil.copy(file, alone.parent)
     assert_equal(open_checkpoint(str(alone)), states)
     with pytest.raises(WeightsError, match="not a text encoder"):
         open_checkpoint(str(alone), text_encoders=[str(alone)])
+
+
+def test_a_text_encoder_beside_that_does_not_fit_gives_way_to_one_that_does(tmp_path: Path):
+    """Of the files for one part the largest is taken that fits; where none does, the note says why."""
+    states = random_states("sd3", torch.float16)
+    path = write_single(tmp_path / "m.safetensors", "sd3", {part: state for part, state in states.items() if part != "t5"})
+    larger = {name: tensor.float() for name, tensor in states["t5"].items()}
+    odd = larger | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.zeros(32, 2)}  # as in umT5
+    scaled = larger | {"scaled_fp8": torch.zeros(2)}
+    for name, state in (("a", odd), ("t5_scaled", scaled)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    alone = open_checkpoint(str(path))
+    assert "t5" not in alone.parts and needs(alone) == []
+    assert "1 unexpected" in describe(alone) and "fp8 weights with scales" in describe(alone)
+    save_file(states["t5"], tmp_path / "b.safetensors")
+    assert_equal(open_checkpoint(str(path)), states)
 
 
 def test_metadata_says_what_shapes_cannot(states: dict, family: str, tmp_path: Path):
@@ -206,6 +241,18 @@ def test_tokenizers(family: str, single: Path, folder: Path):
     end = SIZES[family]["clip_l"].vocabulary - 1
     assert checkpoints[0].tokenizer("clip_l")("")[0, 1:].tolist() == [end] * 11
     assert checkpoints[0].tokenizer("clip_g")("")[0, 1:].tolist() == [end] + [0] * 10
+
+
+@pytest.mark.parametrize("pad", ["!", "<|endoftext|>", None])
+def test_padding_is_what_the_folder_declares(folder: Path, tmp_path: Path, pad: str | None):
+    """`equal` to transformers' ids; bigG's own padding is 0, for a folder that declares nothing."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    theirs = transformers.CLIPTokenizerFast.from_pretrained(folder / "tokenizer_2", pad_token=pad or "!", model_max_length=12)
+    if pad is not None:
+        theirs.save_pretrained(tmp_path / "tokenizer_2")
+    for text in ("a red circle", "", "a circle ! and! more" if pad == "!" else "so!"):
+        ids = theirs(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        assert pad is None and "!" in text or torch.equal(open_checkpoint(str(tmp_path)).tokenizer("clip_g")(text), ids)
 
 
 def test_tokenizers_of_a_folder_saved_by_transformers_5(folder: Path, family: str, tmp_path: Path):
@@ -260,8 +307,11 @@ def test_t5_vocabulary_by_option_from_the_cache_or_a_sentence(tmp_path: Path, mo
     snapshot.mkdir(parents=True)
     shutil.copy(tmp_path / "elsewhere", snapshot / "spiece.model")
     assert needs(open_checkpoint(str(path))) == []
-    (tmp_path / "spiece.model").write_text("<html>")
-    assert "cannot be read" in needs(open_checkpoint(str(path)))[0]
+    model = io.BytesIO()  # another family's order of the first pieces, such as Llama's
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a red circle"] * 9), model_writer=model, vocab_size=12, minloglevel=2)
+    for content in (b"<html>", b"", model.getvalue()):
+        (tmp_path / "spiece.model").write_bytes(content)
+        assert "cannot be read" in needs(open_checkpoint(str(path)))[0]
 
 
 def test_choice_of_files_on_the_hub():
@@ -297,7 +347,7 @@ def test_a_hub_id_is_fetched(folder: Path, family: str, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in)
     checkpoint = open_checkpoint("someone/something")
     assert (checkpoint.family, needs(checkpoint)) == (family, [])
-    with pytest.raises(WeightsError, match="401 Client Error.$"):
+    with pytest.raises(WeightsError, match=r"\(OSError: 401 Client Error\).* `hf download someone/else --local-dir DIR`"):
         open_checkpoint("someone/else")
 
 

@@ -10,6 +10,7 @@ from hybridiff.schedule import (
     GUIDED,
     Extrapolate,
     Guide,
+    Join,
     Measure,
     Receive,
     Run,
@@ -20,10 +21,12 @@ from hybridiff.schedule import (
     Value,
     ahead,
     check,
+    keys,
     prediction,
 )
 from hybridiff.strategies import Reuse, Settings, strategies
 from hybridiff.switching import SwitchRule, find_switch
+from tests.tiny import MMDIT, UNET
 
 
 def random_case(rng: random.Random) -> tuple[list[float], Settings]:
@@ -37,12 +40,14 @@ def random_case(rng: random.Random) -> tuple[list[float], Settings]:
 
 
 def test_every_plan_is_sound():
-    """Every send meets its receive in order, nobody waits for ever, every rank steps once; 400 seeded cases."""
+    """Every send meets its receive in order, nobody waits for ever, every rank steps once; 400 seeded cases, some of them on 4, 6 and 8 ranks."""
     rng = random.Random(0)
-    for _ in range(200):
+    for case in range(200):
         history, settings = random_case(rng)
-        for family in ("sdxl", "sd3"):
-            for strategy in strategies(family).values():
+        for family, config in (("sdxl", UNET), ("sd3", MMDIT)):
+            ranks = rng.choice((4, 6, 8))
+            several = [strategy.on(ranks, config) for strategy in strategies(family).values() if strategy.many and case % 10 == 0]
+            for strategy in [*strategies(family).values(), *several]:
                 kept = {}  # rank -> value -> how many results of it that rank has had, over the steps
                 for step in range(settings.steps):
                     plan = strategy.plan(step, history[:step], settings)
@@ -57,10 +62,20 @@ def assert_sources_exist(plan: StepPlan, kept: dict[int, Counter]) -> None:
         store = kept.setdefault(rank, Counter())
         for operation in operations:
             match operation:
-                case Run(part, text, source):
+                case Run(part, text, source, _, at, of, block):
                     assert source is None or store[source], f"rank {rank}: {operation}"
-                    made = {"whole": "prediction", "exit": "prediction"}.get(part, part)
-                    store.update(Value(made, name) for name in (("cond", "uncond") if text == "both" else [text]))
+                    if part in ("keys", "attend", "end"):
+                        assert store[Value("slice", text)], f"rank {rank}: {operation}"
+                    if part == "attend":
+                        assert all(store[keys(text, other, of, block)] for other in range(1, of + 1)), f"rank {rank}: {operation}"
+                    if part in ("up", "exit"):
+                        assert store[Value("skips", text, at=at if part == "up" else 0)], f"rank {rank}: {operation}"
+                    if part in ("entry", "down"):
+                        store[Value("skips", text, at=at)] += 1
+                    store.update([prediction("cond"), prediction("uncond")] if text == "both" else [operation.leaves])
+                case Join(text, of):
+                    assert all(store[prediction(text, at, of)] for at in range(1, of + 1)), f"rank {rank}: {operation}"
+                    store[prediction(text)] += 1
                 case Receive(value):
                     store[value] += 1
                 case Extrapolate(value, made):

@@ -1,5 +1,6 @@
 """Compares the parts of a checkpoint, by their headers, with the networks that their own sizes describe."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from weights.layouts import Source, translate
 from weights.parts import Part, some
 
 CLASSES = {"unet": UNet, "mmdit": MMDiT, "vae": Autoencoder, "clip": CLIPText, "t5": T5Encoder}
+MOST = 100  # blocks, layers or levels in a row; the largest official network has 38
 Config = UNetConfig | MMDiTConfig | AutoencoderConfig | CLIPConfig | T5Config
 
 
@@ -77,6 +79,9 @@ def check_part(name: str, part: Part, family: str) -> Fitted:
     """The part with its config and network; WeightsError with one list of all that does not fit."""
     sources, unexpected = translate(part.kind, part.entries)
     shapes, misshaped = {}, []
+    if counted := next((name for name in sources for number in re.findall(r"\.(\d+)\.", name) if int(number) >= MOST), None):
+        raise WeightsError(f"{part.place}: its {name} is not what it should be: tensor {some([counted])} counts further than any"
+                           f" network does ({MOST}).")
     for target, source in sources.items():
         found = [part.entries[key].shape for key in source.keys]
         shape = source.shape(found)

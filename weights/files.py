@@ -8,8 +8,6 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+REMAP = 2**29  # bytes
 MAX_HEADER = 16_000_000  # bytes; forty times the largest official header (safetensors itself allows 100 MB)
 FLOATS = {
     "F64": torch.float64,
@@ -62,6 +61,10 @@ class Entry:
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries and the metadata of a file; WeightsError unless the file is whole and well formed."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise WeightsError(f"{ascii(str(path))} is not a name in UTF-8, which the package safetensors needs: rename it.") from None
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise WeightsError(f"{path} is not a file.")
@@ -151,17 +154,27 @@ def check_entries(path: Path, header: dict, data_size: int) -> dict[str, Entry]:
     return entries
 
 
-@contextmanager
-def reader() -> Iterator[Callable[[Entry], Tensor]]:
-    """Gives a function entry -> tensor on the CPU: a view of the memory-mapped file, nothing is copied or read yet."""
-    handles = {}
+class Reader:
+    """Gives for an entry its tensor on the CPU: a view of the memory-mapped file, nothing is copied or read yet.
 
-    def read(entry: Entry) -> Tensor:
+    Who copies tensors elsewhere says so by `copied`: after every REMAP bytes the files are mapped anew, so that the pages
+    of what was copied do not stay. A view keeps its own mapping.
+    """
+
+    def __init__(self):
+        self.files, self.bytes = {}, 0
+
+    def __call__(self, entry: Entry) -> Tensor:
         try:
-            if entry.file not in handles:
-                handles[entry.file] = safe_open(entry.file, framework="pt", device="cpu")
-            return handles[entry.file].get_tensor(entry.key)
+            if entry.file not in self.files:
+                self.files[entry.file] = safe_open(entry.file, framework="pt", device="cpu")
+            return self.files[entry.file].get_tensor(entry.key)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{entry.file} cannot be read: {error}.") from None
 
-    yield read
+    def copied(self, size: int) -> None:
+        """So many bytes of what was read lie elsewhere now."""
+        self.bytes += size
+        if self.bytes > REMAP:
+            self.files.clear()
+            self.bytes = 0

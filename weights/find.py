@@ -71,9 +71,10 @@ def from_hub(name: str) -> Path:
     except Exception as error:  # no network, no such repository, licence not accepted, disk full: the hub's own types
         if cached is not None:
             return cached
-        reason = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{name} is neither a file or folder here nor could it be fetched from the hub:"
-                           f" {type(error).__name__}: {reason:.300}") from None
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise WeightsError(f"{name} is neither a file or folder here nor could it be fetched from the hub"
+                           f" ({type(error).__name__}: {reason:.300}); `hf auth login` and a licence accepted on its page may"
+                           f" help, or fetch it elsewhere by `hf download {name} --local-dir DIR` and give DIR.") from None
     single = [file for file in files if file.endswith(".safetensors")]
     raise WeightsError(f"{name} holds no SDXL or SD3 model in Hugging Face layout and not exactly one .safetensors file"
                        f" ({', '.join(single[:6]) or 'none'}): fetch one with `hf download {name} FILE` and give that.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.t5 import Linear as T5Linear
 from models.tokenizers import CLIPTokenizer, T5Tokenizer
 from weights.check import Config, Fitted, build, check_part, check_together
-from weights.files import FLOATS, FP8, WeightsError, reader
+from weights.files import FLOATS, FP8, Reader, WeightsError
 from weights.find import locate
 from weights.parts import PREFIXES, Contents, read_beside, read_encoder, read_folder, read_single
 from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
@@ -91,14 +91,16 @@ class Checkpoint:
 
     @torch.no_grad()
     def load(
-        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, fp8: bool = False
-    ) -> nn.Module:
+        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, fp8: bool = False,
+        names: tuple[str, ...] | None = None,
+    ) -> nn.Module:  # fmt: skip
         """A part as a module in eval mode without gradients, its tensors brought one by one to device and dtype.
 
         `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need. With `fp8`, T5's linear layers
-        keep their stored fp8 and are brought to the computing dtype one by one as they run.
+        keep their stored fp8 and are brought to the computing dtype one by one as they run. With `names`, only parameters whose names
+        begin with one of these are loaded; the others stay on the meta device, where nothing can be computed with them.
         """
-        asked = part, dtype, str(device), decoder_only, fp8
+        asked = part, dtype, str(device), decoder_only, fp8, names
         if asked in self.kept:
             return self.kept[asked]
         fitted = self.part(part)
@@ -108,14 +110,20 @@ class Checkpoint:
                 module._modules.pop(half, None)
         stays = {f"{name}.weight" for name, layer in module.named_modules() if fp8 and isinstance(layer, T5Linear)}
         state: dict[str, Tensor] = {}
-        with reader() as read:
-            for name, tensor in module.state_dict().items():
-                source = fitted.sources.get(name)
-                if source is None:  # the last layer of SDXL's CLIP-L, of which only the input is used
-                    state[name] = torch.zeros(tensor.shape, dtype=dtype, device=device)
-                else:
-                    made = source.make([read(fitted.entries[key]) for key in source.keys])
-                    state[name] = made.contiguous().to(device, made.dtype if name in stays and made.dtype in FP8 else dtype)
+        read = Reader()
+        for name, tensor in module.state_dict().items():
+            source = fitted.sources.get(name)
+            if names is not None and not name.startswith(names):
+                state[name] = tensor.to(dtype)
+                continue
+            if source is None:  # the last layer of SDXL's CLIP-L, of which only the input is used
+                state[name] = torch.zeros(tensor.shape, dtype=dtype, device=device)
+                continue
+            stored = [read(fitted.entries[key]) for key in source.keys]
+            made = source.make(stored)
+            state[name] = made.contiguous().to(device, made.dtype if name in stays and made.dtype in FP8 else dtype)
+            if state[name].data_ptr() != stored[0].data_ptr():
+                read.copied(sum(tensor.nbytes for tensor in stored))
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
         if self.keep:
@@ -125,13 +133,13 @@ class Checkpoint:
     def digest(self) -> str:
         """A hash of names, shapes, dtypes and eight values from the middle of every tensor; two checkpoints that share it are the same."""
         told = hashlib.sha256()
-        with reader() as read:
-            for part, fitted in self.fitted.items():
-                for key, entry in sorted(fitted.entries.items()):
-                    told.update(f"{part} {key} {entry.dtype} {entry.shape}".encode())
-                    values = read(entry).flatten()
-                    middle = values[len(values) // 2 :][:8].clone()
-                    told.update(middle.view(torch.uint8).numpy().tobytes())
+        read = Reader()
+        for part, fitted in self.fitted.items():
+            for key, entry in sorted(fitted.entries.items()):
+                told.update(f"{part} {key} {entry.dtype} {entry.shape}".encode())
+                values = read(entry).flatten()
+                middle = values[len(values) // 2 :][:8].clone()
+                told.update(middle.view(torch.uint8).numpy().tobytes())
         return told.hexdigest()
 
     def ships_tokenizer(self, part: str) -> bool:
@@ -165,12 +173,14 @@ def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str |
     try:
         path = locate(name)
         contents = read_folder(path) if path.is_dir() else read_single(path)
-        parts = dict(contents.parts)
+        parts, given = dict(contents.parts), {}
         for file in text_encoders:
             part, found = read_encoder(Path(os.path.expanduser(file)))
             if part not in PREFIXES[contents.family]:
                 raise WeightsError(f"{file} is a {part} text encoder, which {contents.family.upper()} does not have.")
-            parts[part] = found
+            if part in given:
+                raise WeightsError(f"{given[part]} and {file} are both a {part} text encoder: give one of them.")
+            parts[part], given[part] = found, file
         checkpoint = Checkpoint(replace(contents, parts=parts), t5_file)
         if (contents.family, contents.layout) == ("sd3", "single"):
             checkpoint.look_beside()

@@ -76,7 +76,7 @@ def heads(given: Mapping, width: int, head_width: int = HEAD_WIDTH) -> int:
 
 def unet(shapes: Shapes, given: Mapping = {}) -> UNetConfig:
     """Sizes of a U-Net."""
-    channels = divide(size(shapes, "input_blocks.0.0.weight", 0, 4), 2, "channels") * 2  # half cosines, half sines
+    channels = divide(size(shapes, "input_blocks.0.0.weight", 0, 4), 2, "rows of input_blocks.0.0.weight") * 2  # half cosines, half sines
     count = numbers(shapes, r"input_blocks\.(\d+)\.")
     closing = [i for i in range(count) if f"input_blocks.{i}.0.op.weight" in shapes]  # the downsampling blocks
     levels, blocks = len(closing) + 1, (closing[0] if closing else count) - 1

@@ -130,7 +130,7 @@ def t5_tokenizer(
             words = spiece_words(file)
             tokenizer = T5Tokenizer(file, length, extra_ids=max(0, min(T5_EXTRA, config.vocabulary - words)))
     except Exception as error:  # both packages raise what they like, bare Exception included
-        raise WeightsError(f"T5's vocabulary {file} cannot be read: {error!r:.200}.") from None
+        raise WeightsError(f"T5's vocabulary {file} cannot be read ({error!s:.120}): fetch {T5_SOURCE} again.") from None
     if words > config.vocabulary:
         raise WeightsError(f"T5's vocabulary {file} has {words:,} pieces, but the encoder knows {config.vocabulary:,}.")
     return tokenizer
@@ -153,6 +153,6 @@ def cached_t5() -> list[Path]:
 def spiece_words(file: Path) -> int:
     """Number of pieces in a SentencePiece model; 0 if it is none."""
     try:
-        return SentencePieceProcessor(model_file=str(file)).vocab_size()
+        return SentencePieceProcessor(model_file=str(file)).vocab_size() if file.stat().st_size else 0
     except (OSError, RuntimeError, TypeError):
         return 0

@@ -2,24 +2,27 @@
 
 from typing import Sequence
 
-from hybridiff.schedule import DISCREPANCY, GUIDED, Guide, Measure, Operation, Receive, Run, Send, Step, StepPlan, prediction
+from hybridiff.schedule import DISCREPANCY, GUIDED, Guide, Join, Measure, Operation, Receive, Send, Step, StepPlan
 from hybridiff.strategies.settings import Settings
+from hybridiff.strategies.sharing import TEXTS, evaluate, exchange, made_by
 
 
-def guided_step(before: Sequence[Sequence[Operation]], tell: bool) -> tuple[tuple[Operation, ...], ...]:
-    """Exchange the predictions that `before` leaves (uncond on rank 0, cond on rank 1), guide and step on both ranks.
+def guided_step(before: Sequence[Sequence[Operation]], tell: bool, blocks: int = 0) -> tuple[tuple[Operation, ...], ...]:
+    """Exchange the predictions that `before` leaves (see `made_by`: uncond on the first half of the ranks), guide and step on every rank.
 
-    Rank 0 alone measures the discrepancy. With `tell` it sends the scalar on, so that both decide from the same bits.
+    Rank 0 alone measures the discrepancy. With `tell` it sends the scalar on, so that all decide from the same bits.
     """
-    uncond, cond = prediction("uncond"), prediction("cond")
-    rank0 = [*before[0], Send(uncond, to=1), Receive(cond, source=1), Measure()]
-    rank1 = [*before[1], Send(cond, to=0), Receive(uncond, source=0)]
-    if tell:
-        rank0.append(Send(DISCREPANCY, to=1))
-        rank1.append(Receive(DISCREPANCY, source=0))
-    return (*rank0, Guide(), Step(GUIDED)), (*rank1, Guide(), Step(GUIDED))
+    ranks = len(before)
+    made = [made_by(rank, ranks, blocks) for rank in range(ranks)]
+    join = [Join(text, ranks // 2) for text in TEXTS if made[0].of]
+    measure = [Measure(), *(Send(DISCREPANCY, to=other) for other in range(1, ranks) if tell)]
+    told = [Receive(DISCREPANCY, source=0)] if tell else []
+    return tuple(
+        (*mine, *exchanged, *join, *(told if rank else measure), Guide(), Step(GUIDED))
+        for rank, (mine, exchanged) in enumerate(zip(before, exchange(made)))
+    )
 
 
-def condition(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
-    """Rank 0 evaluates the network without the prompt, rank 1 with it; one exchange a step."""
-    return StepPlan("warm-up", guided_step([[Run("whole", "uncond")], [Run("whole", "cond")]], tell=False))
+def condition(step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0) -> StepPlan:
+    """The first half of the ranks evaluates the network without the prompt, the second with it; one exchange of predictions a step."""
+    return StepPlan("warm-up", guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))

@@ -1,71 +1,112 @@
-"""The three stages as published (paper, Sec. 4, and the released code).
+"""The three stages as published (paper, Sec. 4, and the released code; more than two ranks: Sec. 4.5, layer-wise).
 
-Warm-up and fully-connecting are condition partitioning. In between, steps `first..tau2` run as a two-stage pipeline: each
-rank evaluates only its part of the network, on features that the other made one step earlier. There is one prediction in
-these steps, rank 1's, and no guidance: that is what the released code computes, bit for bit, and where its quality goes.
-The first of these steps fills the pipeline: rank 1 runs the whole network.
+Warm-up and fully-connecting are condition partitioning. In between, steps `first..tau2` run as a pipeline: the network is cut in as
+many segments as there are ranks, and each rank evaluates only its own, on features that its neighbours made one step earlier, under
+the text of its branch. There is one prediction in these steps, the last rank's, and no guidance: that is what the released code
+computes, bit for bit, and where its quality goes. The first of these steps fills the pipeline: the whole network is run.
 """
 
 from typing import Sequence
 
-from hybridiff.schedule import Receive, Run, Send, Step, StepPlan, entry, inner, prediction
+from hybridiff.schedule import Receive, Run, Send, Step, StepPlan, Value, entry, inner, prediction
+from hybridiff.segments import all_rings
 from hybridiff.strategies.condition import guided_step
 from hybridiff.strategies.settings import Settings
+from hybridiff.strategies.sharing import evaluate, exchange, text_of
 from hybridiff.switching import Switch, find_switch
 
 MERGED = prediction("cond")  # the one prediction of the pipelined steps
-WHOLE = [Run("entry", "cond"), Run("inner", "cond", entry("cond")), Run("exit", "cond", inner("cond"))]
+Hand = tuple[Value, int, int]  # a value, the rank that makes it, the rank that needs it
 
 
-def guided_stage(step: int, switch: Switch | None) -> StepPlan | None:
+def guided_stage(step: int, switch: Switch | None, ranks: int, blocks: int) -> StepPlan | None:
     """Condition partitioning before and after the pipelined steps; None in them."""
     stage = switch.stage(step) if switch else "warm-up"
     if stage == "parallelism":
         return None
-    whole = [Run("whole", "uncond")], [Run("whole", "cond")]
-    return StepPlan(stage, guided_step(whole, tell=switch is None))
+    return StepPlan(stage, guided_step(evaluate(ranks, blocks), tell=switch is None, blocks=blocks))
 
 
-def paper_nested(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
-    """The U-Net: rank 0 owns the inner part (without the prompt), rank 1 entry and exit (with it).
+def merged_step(runs: Sequence[Sequence[Run]], handed: Sequence[Hand], maker: int) -> StepPlan:
+    """Every rank's runs; each value is sent as soon as it is made and taken at the end; all step along the prediction of rank `maker`."""
+    lists = []
+    for rank, mine in enumerate(runs):
+        due = {value: receiver for value, sender, receiver in handed if sender == rank}
+        made = [op for run in mine for op in (run, *([Send(run.leaves, to=due[run.leaves])] if run.leaves in due else []))]
+        taken = [Receive(value, sender) for value, sender, receiver in handed if receiver == rank]
+        merged = exchange([MERGED if other == maker else None for other in range(len(runs))])[rank]
+        lists.append((*made, *(merged + taken if rank == maker else taken + merged), Step(MERGED)))
+    return StepPlan("parallelism", tuple(lists))
 
-    In step i rank 0 runs the inner part on rank 1's entry features of step i-1, and rank 1 runs entry and exit around rank 0's
-    inner features of step i-1, which in turn come from the latents of step i-2.
+
+def paper_nested(
+    step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
+) -> StepPlan:
+    """The U-Net: rank 0 owns the innermost part, the last rank entry and exit, each rank between them a ring.
+
+    In step i every rank runs its way in on what its outer neighbour made in step i-1, and its way out on what its inner neighbour made
+    then. So with two ranks the inner features in a prediction come from the latents of step i-2. In the filling step the first rank
+    of each branch makes what all ranks of the branch would have made.
     """
     switch = find_switch(history, settings.rule)
-    if plan := guided_stage(step, switch):
+    if plan := guided_stage(step, switch, ranks, blocks):
         return plan
-    fill = step == switch.first
-    goes_on = step < min(switch.tau2, settings.steps - 1)  # the last pipelined step leaves no features behind
+    left = min(switch.tau2, settings.steps - 1) - step  # pipelined steps after this one: what is made in ring r serves the r-th of them
+    innermost, fill, leader = ranks - 1, step == switch.first, {"uncond": 0, "cond": ranks // 2}
 
-    rank0 = [Receive(MERGED, source=1), Step(MERGED)]
-    if goes_on:
-        made = [Run("entry", "uncond"), Run("inner", "uncond", entry("uncond"))]
-        stale = [Run("inner", "uncond", entry("cond"))]
-        rank0 = [*(made if fill else stale), Send(inner("uncond"), to=1), Receive(entry("cond"), source=1), *rank0]
+    def text(ring: int) -> str:
+        return text_of(innermost - ring, ranks)
 
-    head, *tail = WHOLE if fill else (Run("entry", "cond"), Run("exit", "cond", inner("uncond")))
-    rank1 = [head, *([Send(entry("cond"), to=0)] if goes_on else []), *tail, Send(MERGED, to=0)]
-    rank1 += [*([Receive(inner("uncond"), source=0)] if goes_on else []), Step(MERGED)]
-    return StepPlan("parallelism", (tuple(rank0), tuple(rank1)))
+    def own(ring: int) -> list[Run]:
+        if ring == innermost:
+            return [Run("inner", text(ring), entry(text(ring - 1), ring - 1), at=ring - 1)]
+        outside, inside = entry(text(ring - 1), ring - 1), inner(text(ring + 1), ring)
+        if ring == 0:
+            return [Run("entry", text(0)), Run("exit", text(0), inside)]
+        return [Run("down", text(ring), outside, at=ring), Run("up", text(ring), inside, at=ring)]
+
+    handed: list[Hand] = []
+    for cut in range(min(ranks - 1, left)):  # between the rings `cut` and `cut` + 1
+        for value, maker, user in ((entry(text(cut), cut), cut, cut + 1), (inner(text(cut + 1), cut), cut + 1, cut)):
+            sender, receiver = leader[value.text] if fill else innermost - maker, innermost - user
+            if sender != receiver:
+                handed.append((value, sender, receiver))
+    runs = [own(innermost - rank) if innermost - rank <= left else [] for rank in range(ranks)]
+    if fill:
+        runs = [[] for _ in range(ranks)]
+        runs[leader["cond"]] = all_rings("cond", ranks)
+        if ranks // 2 <= left:
+            runs[0] = [run for run in all_rings("uncond", ranks) if run.part not in ("up", "exit") or run.at >= ranks // 2]
+    return merged_step(runs, handed, leader["cond"] if fill else innermost)
 
 
-def paper_halves(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
-    """The MMDiT: rank 0 owns the first half of the blocks (without the prompt), rank 1 the second half (with it).
+def paper_halves(
+    step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
+) -> StepPlan:
+    """The MMDiT: each rank owns a segment of the blocks, rank 0 the first; half of the ranks is without the prompt.
 
-    In step i rank 1 runs its half on the tokens, image and text, that rank 0 made in step i-1. (The released code freezes them
-    at the filling step, by an index that is off by one; we follow the intent.)
+    In step i a rank runs its segment on the tokens, image and text, that the rank before it made in step i-1. (The released code
+    freezes them at the filling step, by an index that is off by one; we follow the intent.) In the filling step each rank runs
+    all segments up to its own.
     """
     switch = find_switch(history, settings.rule)
-    if plan := guided_stage(step, switch):
+    if plan := guided_stage(step, switch, ranks, blocks):
         return plan
-    goes_on = step < min(switch.tau2, settings.steps - 1)
+    left = min(switch.tau2, settings.steps - 1) - step  # pipelined steps after this one
+    last, texts = ranks - 1, [text_of(rank, ranks) for rank in range(ranks)]
 
-    rank0 = [Receive(MERGED, source=1), Step(MERGED)]
-    if goes_on:
-        first_half = [Run("entry", "uncond"), Run("inner", "uncond", entry("uncond"))]
-        rank0 = [*first_half, Send(inner("uncond"), to=1), *rank0]
+    def segment(rank: int, text: str, before: str) -> list[Run]:
+        source = inner(before, rank - 1) if rank else entry(text)
+        if rank == last:
+            return [Run("exit", text, source, at=rank - 1)]
+        return [*([Run("entry", text)] if rank == 0 else []), Run("inner", text, source, at=rank)]
 
-    rank1 = list(WHOLE) if step == switch.first else [Run("exit", "cond", inner("uncond"))]
-    rank1 += [Send(MERGED, to=0), *([Receive(inner("uncond"), source=0)] if goes_on else []), Step(MERGED)]
-    return StepPlan("parallelism", (tuple(rank0), tuple(rank1)))
+    def runs(rank: int) -> list[Run]:
+        if last - rank > left:  # what this rank makes would come too late for the last of them
+            return []
+        if step == switch.first:
+            return [run for earlier in range(rank + 1) for run in segment(earlier, texts[rank], texts[rank])]
+        return segment(rank, texts[rank], texts[rank - 1])
+
+    handed = [(inner(texts[rank], rank), rank, rank + 1) for rank in range(last) if last - rank <= left]
+    return merged_step([runs(rank) for rank in range(ranks)], handed, last)

@@ -2,9 +2,10 @@
 
 from typing import Sequence
 
-from hybridiff.schedule import GUIDED, Extrapolate, Run, Step, StepPlan, ahead
+from hybridiff.schedule import GUIDED, Extrapolate, Step, StepPlan, ahead
 from hybridiff.strategies.condition import guided_step
 from hybridiff.strategies.settings import Settings
+from hybridiff.strategies.sharing import evaluate
 from hybridiff.switching import Stage
 
 
@@ -20,7 +21,9 @@ def last_two(step: int, reused: Sequence[int]) -> tuple[int, ...]:
     return tuple(s for s in range(step) if s not in reused)[-2:]
 
 
-def step_extrapolation(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
+def step_extrapolation(
+    step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
+) -> StepPlan:
     """Condition partitioning, but a few steps, evenly spread, cost nothing and move nothing.
 
     With the guided predictions g_a, g_b of the last two computed steps a < b, a skipped step i takes
@@ -29,6 +32,5 @@ def step_extrapolation(step: int, history: Sequence[float | None], settings: Set
     reused = settings.reuse.spread(settings.steps)
     if step in reused:
         skip = Extrapolate(GUIDED, last_two(step, reused)), Step(ahead(GUIDED))
-        return StepPlan("parallelism", (skip, skip))
-    whole = [Run("whole", "uncond")], [Run("whole", "cond")]
-    return StepPlan(stage_of(step, reused), guided_step(whole, tell=False))
+        return StepPlan("parallelism", (skip,) * ranks)
+    return StepPlan(stage_of(step, reused), guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))

@@ -1,0 +1,280 @@
+"""The command line's options: what may be said, what it means where nothing is said, and what is refused before any work."""
+
+import argparse
+import secrets
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from hybridiff.batch import read_prompts
+from hybridiff.ending import shown
+from hybridiff.errors import UsageError
+from hybridiff.memory import refuse_too_large
+from hybridiff.pipeline import GUIDANCE, SIDE, Request, plan_request
+from hybridiff.presets import PRESETS, paper_rule, usual_reuse
+from hybridiff.report import check_writable, free_name
+from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
+from hybridiff.transport import Transport, place
+from weights.describe import needs, where_to_get
+from weights.load import Checkpoint, open_checkpoint
+
+SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --full-first and --reused steer
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, so that rank 0 alone speaks."""
+
+    def error(self, message: str):
+        raise UsageError(f"{shown(message)}; see --help.")
+
+
+def as_utf8(text: str) -> str:
+    """An argument read as UTF-8 also where the locale is another, such as C; unchanged where it is none (`check_text` refuses it)."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description="Make a picture with one process or with torchrun on two ranks or more.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id")
+    add("--check", action="store_true", help="only say what the checkpoint holds and lacks (reads headers, no tensors)")
+    add("--explain", action="store_true", help="only print the schedule: operations, timeline, ideal cost, bytes")
+    add("--text-encoders", nargs="+", default=(), metavar="FILE", help="clip_l, clip_g, t5xxl in files of their own")
+    add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
+    add("--no-t5", action="store_true", help="leave T5 out (SD3)")
+    add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device, on the CPU, or on the device in its stored fp8 (SD3)")
+    add("--prompt", type=as_utf8, action="append", help="what to draw (default: the demo's own prompt); several make several pictures")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance")
+    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt; the seed goes up by one")
+    add("--negative-prompt", type=as_utf8, help="what to keep out")
+    add("--steps", type=int, default=50)
+    add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
+    add("--height", type=int, help="pixels (default: the checkpoint's)")
+    add("--width", type=int, help="pixels (default: the checkpoint's)")
+    add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")
+    add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
+    add("--preset", default="balanced", choices=PRESETS, help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items()))
+    add("--strategy", help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
+        "guided-pipeline (one process or two ranks; the first three also more)")
+    add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
+    add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
+    add("--full-first", type=int, help="full steps before the first saved one (default: 30%% of the steps)")
+    add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
+    add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
+    add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
+    add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's, scaled from 50 steps)")
+    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
+    add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
+    add("--transport", choices=("auto", "nccl", "gloo"), default="auto", help="how ranks send: auto is nccl where each has a GPU of its own, else gloo")
+    add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank")
+    add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)")
+    add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
+    add("--layout", choices=("pairs", "layers"), help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)")
+    add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
+    add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
+    add("--decode", type=Path, metavar="FILE", help="only make the picture of kept latents")
+    add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
+    add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
+    return parser.parse_args()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for; by default this rank's share of the GPUs, or the CPU."""
+    gpus = torch.cuda.device_count()
+    if name in (None, "cuda"):
+        if name == "cuda" and not gpus:
+            raise UsageError("--device cuda: there is no CUDA device here; use --device cpu.")
+        return torch.device("cuda", place()[2] % gpus) if gpus else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {shown(name)} is not there: use cpu or cuda.") from None
+    return device
+
+
+def check_text(name: str, text: str | None) -> None:
+    """UsageError where a text has lone surrogates: bytes of the command line that are no UTF-8, or half of a pair in JSON."""
+    for number, character in enumerate(text or "", 1):
+        if "\ud800" <= character <= "\udfff":
+            raise UsageError(f"{name} is no Unicode text at its character {number} (U+{ord(character):04X} alone): write it in UTF-8.")
+
+
+def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """fp32 on the CPU, which is slow in anything else; on CUDA bf16 where the denoiser is stored in it, else fp16."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if checkpoint.dtype("denoiser") == torch.bfloat16 else torch.float16
+
+
+def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, own: dict) -> Request:
+    """What a picture has of its `own`, else the options, and where none is given the checkpoint's defaults, then the family's."""
+    args = argparse.Namespace(**vars(args) | {"prompt": None} | own)
+    family, defaults = checkpoint.family, checkpoint.defaults
+
+    def either(name: str, fallback: object) -> object:
+        given = getattr(args, name)
+        return given if given is not None else defaults.get(name, fallback)
+
+    for name in ("prompt", "negative_prompt"):
+        check_text(f"--{name.replace('_', '-')}", getattr(args, name))
+    if not 1 <= args.steps < TRAINING_STEPS:
+        raise UsageError(f"--steps {shown(str(args.steps), 20)} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
+    given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
+    rule = replace(paper_rule(family, args.steps), **{key: value for key, value in given_rule.items() if value is not None})
+    strategy = args.strategy or PRESETS[args.preset].strategy
+    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("full_first", "reused"), SAVING)):
+        for name in names:
+            if getattr(args, name) is not None and strategy not in whose:
+                raise UsageError(f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
+    guidance = either("guidance", GUIDANCE[family])
+    if guidance <= 1:
+        strategy = "one-branch"
+    usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share)
+    given_reuse = {"start": args.full_first, "count": args.reused}
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
+    if args.compare_serial and not args.report:
+        raise UsageError("--compare-serial goes into the report: give --report DIR too.")
+    if not 0.1 <= args.timeout <= 1e6:
+        raise UsageError(f"--timeout {args.timeout} is out of range: give seconds, 0.1 to 1e6.")
+    if args.threads < 1:
+        raise UsageError(f"--threads {args.threads} is out of range: give at least 1.")
+    return Request(
+        prompt=either("prompt", ""),
+        negative_prompt=args.negative_prompt,
+        steps=args.steps,
+        guidance=guidance,
+        height=either("height", SIDE),
+        width=either("width", SIDE),
+        seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
+        sampler=args.sampler or next(iter(SAMPLERS[family])),
+        strategy=strategy,
+        rule=rule,
+        dtype=DTYPES[args.dtype] if args.dtype else usual_dtype(checkpoint, device),
+        tiles=args.tiles,
+        t5=args.t5,
+        balance=args.balance,
+        reuse=replace(usual, **{key: value for key, value in given_reuse.items() if value is not None}),
+    )
+
+
+def team_size(args: argparse.Namespace, ranks: int, world: int) -> int:
+    """How many ranks make one picture together, of `world`; `ranks` is what the strategy is written for."""
+    if (args.layout or ("pairs" if args.several else "layers")) == "layers" or world == 1:
+        return world
+    if world % ranks:
+        raise UsageError(f"{world} ranks do not make teams of {ranks}: set --nproc_per_node to a multiple of {ranks}.")
+    return ranks
+
+
+def that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> list[Request]:
+    """The requests of all pictures that can be made; UsageError if there is none (else the others fail at their turn). Sets args.team_size."""
+    known, problems, good = [], [], []
+    for own in args.told:
+        try:
+            request = make_request(args, checkpoint, device, own)
+            known.append((request, plan_request(checkpoint, request, world=None)[0].ranks))
+        except UsageError as error:
+            problems.append(error)
+    if known:
+        args.team_size = team_size(args, max(ranks for _, ranks in known), world)
+    for request, _ in known:
+        try:
+            plan_request(checkpoint, request, args.team_size)
+            good.append(request)
+        except UsageError as error:
+            problems.append(error)
+    if not good:
+        raise problems[0]
+    return good
+
+
+def check_several(args: argparse.Namespace) -> None:
+    """UsageError in what cannot be had with several pictures, and where the folder is in use."""
+    for name in ("report", "save_latents", "compare_serial", "explain", "balance"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for one picture: leave it out, or ask for one prompt.")
+    if not 1 <= args.images_per_prompt <= 10**6:
+        raise UsageError(f"--images-per-prompt {args.images_per_prompt} is out of range: give 1 to 1000000.")
+    args.out = args.out or Path("pictures")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        probe_names = [*args.out.glob("*.png"), *args.out.glob("manifest.jsonl")]
+    except OSError as error:
+        raise UsageError(f"--out {args.out} cannot be made a folder ({error.strerror}); several pictures go into one.") from None
+    check_writable(args.out / "manifest.jsonl", overwrite=True)
+    if probe_names and not (args.resume or args.overwrite):
+        raise UsageError(f"--out {args.out} holds pictures already: give --resume to go on with them, --overwrite, or another folder.")
+
+
+def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
+    """Everything that can be refused is refused here, before any long work. No request where only --check is asked for."""
+    args = parse_arguments()
+    device = choose_device(args.device)
+    checkpoint = open_checkpoint(args.weights, args.text_encoders, args.t5_tokenizer)
+    if args.no_t5:
+        checkpoint.leave_out("t5")
+    if args.check:
+        return args, checkpoint, None, device
+    if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
+        checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')})."]
+    if lacking := needs(checkpoint) if not args.decode else []:
+        raise UsageError(" ".join(lacking))
+    args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (read_prompts(args.prompts) if args.prompts else [])
+    args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
+    args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
+    requests = that_can_be_made(args, checkpoint, device, transport.world)
+    request, largest = requests[0], max(requests, key=lambda request: request.height * request.width)
+    if not args.explain and not args.decode:
+        refuse_too_large(checkpoint, largest, device, transport.world)
+    if args.several:
+        check_several(args)
+    elif transport.rank == 0 and not args.explain:
+        args.out = args.out or free_name(Path("picture.png"))
+        if args.save_latents and args.save_latents.resolve() == args.out.resolve():
+            raise UsageError(f"--save-latents and --out are the same file, {shown(str(args.out))}: give each its own.")
+        for path in filter(None, (args.out, args.save_latents)):
+            check_writable(path, args.overwrite)
+        if args.report:
+            try:
+                args.report.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--report {args.report} cannot be made ({error.strerror}).") from None
+            for name in ("report.json", "report.html"):
+                check_writable(args.report / name, args.overwrite)
+    return args, checkpoint, request, device
+
+
+def numbers(request: Request) -> str:
+    """The strategy with the numbers that it goes by."""
+    rule, reuse = request.rule, request.reuse
+    if request.strategy == "paper":
+        return f"paper (window {rule.window}, slope {rule.slope:g}, cap {rule.cap}, interval {rule.interval})"
+    if request.strategy == "one-branch":
+        return f"one-branch (guidance {request.guidance:g} is none: there is nothing to split)"
+    if request.strategy not in SAVING:
+        return request.strategy
+    steps = reuse.window(request.steps) if request.strategy == "guided-pipeline" else reuse.spread(request.steps)
+    return f"{request.strategy} ({len(steps)} of {request.steps} steps save work, the first {reuse.start} and the last {reuse.end} never)"
+
+
+def asked_timeout() -> timedelta:
+    """--timeout, which is needed before the ranks can talk about any option; a bad value is refused later with the others."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--timeout")
+    try:
+        seconds = float(early.parse_known_args()[0].timeout or 600)
+    except (ValueError, SystemExit, UsageError):
+        seconds = 600.0
+    return timedelta(seconds=seconds if 0.1 <= seconds <= 1e6 else 600.0)

@@ -1,0 +1,115 @@
+"""Peak memory is what the operating system says; a run that plainly needs more than there is is refused, others are not."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import hybridiff.memory
+import train_free_sample
+from benchmarks.full_size import make_task
+from hybridiff.errors import UsageError
+from hybridiff.memory import FEATURES, demands, refuse_too_large
+from hybridiff.pipeline import Request
+from hybridiff.presets import PAPER_RULES
+from models.autoencoder import Autoencoder, AutoencoderConfig
+from weights.load import open_checkpoint
+
+CPU = torch.device("cpu")
+REQUEST = Request(prompt="a red circle", negative_prompt=None, steps=3, guidance=5.0, height=2048, width=2048, seed=3, sampler=None, strategy="condition",
+                  rule=PAPER_RULES["sdxl"], dtype=torch.float32)  # fmt: skip
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at once, also on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def gone(self, key: int, size: int) -> None:
+        self.now -= size
+        self.seen.discard(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.seen:
+                self.seen.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+
+class NoScores(TorchFunctionMode):
+    """Attention as fused kernels do it, without the matrix of scores, which the meta device would make."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return torch.empty_like(args[0]) if func is F.scaled_dot_product_attention else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_denoiser_needs_no_less_than_is_said(family: str):
+    """At full size, fp16: the features counted are below what lives at once, and not by far."""
+    task = make_task(family, 1024, 2, torch.float16)
+    width = 320 * 128 * 128 if family == "sdxl" else 1536 * 64 * 64
+    with torch.inference_mode(), Live() as live, NoScores():
+        task.denoiser(torch.empty(task.noise.shape, dtype=torch.float16, device="meta"), torch.empty(1, device="meta"), task.conditioning["cond"])
+    assert FEATURES * width * 2 <= live.peak <= 4 * FEATURES * width * 2
+
+
+def test_a_decoder_needs_no_less_than_is_said():
+    with torch.device("meta"):
+        vae = Autoencoder(AutoencoderConfig()).eval()
+    with torch.inference_mode(), Live() as live, NoScores():
+        vae.decode(torch.empty(1, 4, 64, 64, device="meta"))
+    said = 3 * 512 * 512 * 4 * 128 * 2
+    assert said <= live.peak <= 1.1 * said
+
+
+def test_the_report_tells_the_systems_figure(tmp_path: Path):
+    """`close`: the highest resident set of the whole process, which the system tells when it has ended."""
+    options = ["--steps", "2", "--seed", "1", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
+    ran = subprocess.Popen([sys.executable, train_free_sample.__file__, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(ran.pid, 0)
+    (rank,) = json.loads((tmp_path / "report.json").read_text())["memory"]
+    assert status == 0 and 0.9 * usage.ru_maxrss * 1024 <= rank["peak"]["host"] <= usage.ru_maxrss * 1024
+    assert {"start", "text", "load", "warm-up", "decode"} <= rank["phases"].keys()
+    assert rank["peak"]["host"] == max(phase["host"] for phase in rank["phases"].values())
+    assert "Memory" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_refused_with_figures_and_advice(family: str, monkeypatch: pytest.MonkeyPatch):
+    """One byte less than the largest need is refused, the need itself is not."""
+    checkpoint = open_checkpoint(f"demo-{family}")
+    need = max(host for _, host, _ in demands(checkpoint, REQUEST, False, 2, 1))
+    monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need)
+    refuse_too_large(checkpoint, REQUEST, CPU, 2)
+    monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need - 1)
+    with pytest.raises(UsageError) as caught:
+        refuse_too_large(checkpoint, REQUEST, CPU, 2)
+    assert f"{need / 1e9:,.1f} GB" in str(caught.value) and "--tiles" in str(caught.value) and "smaller --height" in str(caught.value)
+    refuse_too_large(checkpoint, replace(REQUEST, tiles=True), CPU, 2)
+
+
+def test_weights_of_the_file_need_no_memory_of_their_own():
+    """Used in the dtype in which they are stored they stay in the file; in another, every rank converts its own."""
+    checkpoint = open_checkpoint("demo-sd3")
+    stored = checkpoint.dtype("denoiser")
+    other = torch.float32 if stored != torch.float32 else torch.float16
+    sizes = [next(host for words, host, _ in demands(checkpoint, replace(REQUEST, dtype=dtype), False, 2, 1) if "denoiser" in words) for dtype in (stored, other)]
+    count = sum(tensor.numel() for tensor in checkpoint.part("denoiser").module.state_dict().values())
+    assert sizes[0] / stored.itemsize * other.itemsize + 1.9 * count * other.itemsize < sizes[1]
