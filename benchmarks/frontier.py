@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import torch
@@ -18,14 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import HEAD, Results, Row, Studio, conditions_of, fewer, line, parser_of  # noqa: E402
 from benchmarks.full_size import in_words, table  # noqa: E402
+from hybridiff.charts import tag  # noqa: E402
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
 STEPS = (50, 28)
-SHARES = {"step-extrapolation": (0.1, 0.2, 0.3, 0.32, 0.4), "inner-reuse": (0.2, 0.4), "guided-pipeline": (0.2, 0.4, 0.6)}
+SHARES = {  # of the steps that may be saved, see presets.usual_reuse
+    "step-extrapolation": (1 / 6, PRESETS["balanced"].share, PRESETS["fast"].share, 0.8), "inner-reuse": (1 / 3, 2 / 3), "guided-pipeline": (1 / 3, 2 / 3, 1)
+}  # fmt: skip
 INTERVALS = (0.1, 0.2, 0.4, 0.6)  # k of the paper's strategy, as a share of the steps
-FEWER = (2.11, 2.31, 2.5, 2.86, 3.33)  # speed-ups that condition partitioning reaches with fewer steps
+FEWER = (2.31, 2.5, 3.0)  # speed-ups that condition partitioning reaches with fewer steps
 
 
 def rows_of(family: str, steps: int) -> list[Row]:
@@ -40,13 +44,16 @@ def rows_of(family: str, steps: int) -> list[Row]:
     for name, shares in SHARES.items():
         for share in shares:
             reuse = usual_reuse(steps, share)
-            rows.append(Row(f"{name}, {reuse.count} steps", name, steps, steps, reuse=reuse))
+            rows.append(Row(f"{name}, {reuse.count} saved", name, steps, steps, reuse=reuse))
+    for name in ("balanced", "fast"):
+        reuse = usual_reuse(steps, PRESETS[name].share)
+        rows.append(Row(f"step-extrapolation, {reuse.count} saved, dpmpp_2m", "step-extrapolation", steps, steps, reuse=reuse, sampler="dpmpp_2m"))
     return list(dict.fromkeys(rows))  # with few steps two shares may be one number
 
 
-def kind(name: str) -> str:
+def kind(row: Row) -> str:
     """The curve that a row belongs to."""
-    return "condition, fewer steps, dpmpp_2m" if "dpmpp_2m" in name else name.split(",")[0]
+    return row.strategy + ", fewer steps" * (row.steps < row.of) + ", dpmpp_2m" * bool(row.sampler)
 
 
 def one_device(found: dict[str, float], row: Row) -> str:
@@ -54,29 +61,49 @@ def one_device(found: dict[str, float], row: Row) -> str:
     return "" if row.strategy in ("paper", "guided-pipeline") else f"{found['speed-up'] / 2:.2f}"
 
 
-def plot(measured: dict[tuple[str, int], list[tuple[Row, dict]]], path: Path) -> None:
-    """PSNR over ideal speed-up, a panel for each family and number of steps; thin lines are the worst picture."""
-    import matplotlib
+COLOURS = ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#444444")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(measured), figsize=(5 * len(measured), 5), squeeze=False, sharey=True)
-    for panel, ((family, steps), rows) in zip(panels[0], measured.items()):
-        curves: dict[str, list[tuple[float, float, float]]] = {}
-        for row, found in rows:
-            if row.name != "condition":  # equal to serial: beyond the chart
-                curves.setdefault(kind(row.name), []).append((found["speed-up"], found["PSNR"], found["worst PSNR"]))
-        for name, points in curves.items():
-            speed, mean, worst = zip(*sorted(points))
-            (drawn,) = panel.plot(speed, mean, marker="o", label="condition, fewer steps" if name == "condition" else name)
-            panel.plot(speed, worst, color=drawn.get_color(), linewidth=0.8, linestyle="--")
-        panel.set(title=f"demo-{family}, {steps} steps", xlabel="ideal speed-up of two ranks over serial")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("PSNR to serial, dB (dashed: the worst picture)")
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def panel(title: str, rows: list[tuple[Row, dict]], names: list[str]) -> str:
+    """One chart: PSNR over ideal speed-up, a line a strategy; dashed: the worst picture."""
+    left, top, width, height, (slow, fast), (low, high) = 44, 34, 400, 300, (2.0, 4.0), (10, 80)
+
+    def at(speed: float, decibels: float) -> tuple[float, float]:
+        return left + width * (speed - slow) / (fast - slow), top + height * (high - min(max(decibels, low), high)) / (high - low)
+
+    pieces = [tag("text", escape(title), x=left, y=20, font_weight="bold")]
+    for decibels in range(low, high + 1, 10):
+        (x, y), (end, _) = at(slow, decibels), at(fast, decibels)
+        pieces += [tag("line", x1=x, x2=end, y1=y, y2=y, stroke="#ddd"), tag("text", str(decibels), x=x - 6, y=y + 4, text_anchor="end")]
+    for speed in (2.0, 2.5, 3.0, 3.5, 4.0):
+        (x, y), (_, end) = at(speed, low), at(speed, high)
+        pieces += [tag("line", x1=x, x2=x, y1=y, y2=end, stroke="#ddd"), tag("text", f"{speed:g}", x=x, y=y + 16, text_anchor="middle")]
+    for name, colour in zip(names, COLOURS):
+        found = sorted((got["speed-up"], got["PSNR"], got["worst PSNR"]) for row, got in rows if kind(row) == name)
+        for column, dashes in ((1, "none"), (2, "4 3")):
+            line = " ".join("{:.1f},{:.1f}".format(*at(values[0], values[column])) for values in found)
+            pieces.append(tag("polyline", points=line, fill="none", stroke=colour, stroke_width=2 if column == 1 else 1, stroke_dasharray=dashes))
+        for speed, decibels, _ in found:
+            x, y = at(speed, decibels)
+            pieces.append(tag("circle", tag("title", f"{escape(name)}: {speed:.2f}x, {decibels:.1f} dB"), cx=x, cy=y, r=3.5, fill=colour))
+    return "".join(pieces)
+
+
+def plot(measured: dict[tuple[str, int], list[tuple[Row, dict]]]) -> str:
+    """PSNR over ideal speed-up as SVG, a panel for each family and number of steps, two in a row."""
+    names = list(dict.fromkeys(kind(row) for rows in measured.values() for row, _ in rows if row.name != "condition"))
+    across, down = min(2, len(measured)), -(-len(measured) // 2)
+    pieces = [tag("rect", width="100%", height="100%", fill="white")]
+    for number, ((family, steps), rows) in enumerate(measured.items()):
+        shown = [(row, got) for row, got in rows if row.name != "condition"]  # which is equal to serial: beyond the chart
+        place = f"translate({460 * (number % 2)} {380 * (number // 2)})"
+        pieces.append(tag("g", panel(f"demo-{family}, {steps} steps: PSNR to serial, dB, over ideal speed-up", shown, names), transform=place))
+    for number, (name, colour) in enumerate(zip(names, COLOURS)):
+        x, y = 50 + 300 * (number % (3 if across == 2 else 1)), 380 * down + 10 + 22 * (number // (3 if across == 2 else 1))
+        pieces += [tag("circle", cx=x, cy=y, r=4, fill=colour), tag("text", escape(name), x=x + 10, y=y + 4)]
+    size = {"viewBox": f"0 0 {460 * across} {380 * down + 140}", "font_family": "sans-serif", "font_size": "12"}
+    pieces.append(tag("text", "dashed: the worst picture", x=50, y=380 * down + 125, fill="#555"))
+    return tag("svg", "".join(pieces), xmlns="http://www.w3.org/2000/svg", **size)
 
 
 def measured_speeds(path: Path) -> str:
@@ -96,7 +123,7 @@ def main() -> None:
     parser = parser_of(__doc__.split("\n")[0])
     parser.set_defaults(prompts=64)
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG or SVG (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="an SVG")
     parser.add_argument("--speed", type=Path, metavar="FILE", help="what benchmarks/speed.py wrote")
     parser.set_defaults(steps=0)
     args = parser.parse_args()
@@ -106,10 +133,10 @@ def main() -> None:
     print("\nPSNR and SSIM are those against `serial` with all steps and the same sampler; an equal picture counts as 100 dB.")
     for name, preset in PRESETS.items():
         print(f"Preset {name}: {preset.strategy}, {preset.words}.")
-    measured = {}
-    for family in args.family:
-        studio = Studio(open_checkpoint(args.weights or f"demo-{family}"), args.prompts, [args.seed + n for n in range(args.seeds)])
-        for steps in (args.steps,) if args.steps else STEPS:
+    measured, seeds = {}, [args.seed + n for n in range(args.seeds)]
+    studios = {family: Studio(open_checkpoint(args.weights or f"demo-{family}"), args.prompts, seeds) for family in args.family}
+    for steps in (args.steps,) if args.steps else STEPS:
+        for family, studio in studios.items():
             rows = rows_of(family, steps)
             found = [results.get(studio, row) for row in rows]
             measured[family, steps] = list(zip(rows, found))
@@ -117,7 +144,7 @@ def main() -> None:
             sampler = next(iter(SAMPLERS[family]))
             print(f"\n## {family}, {steps} steps, {sampler}, guidance {studio.guidance:g}\n\n{table([*HEAD, 'one device'], lines)}", flush=True)
     if args.plot:
-        plot(measured, args.plot)
+        args.plot.write_text(plot(measured) + "\n")
     if args.speed:
         print(f"\n## Measured on the full-size networks\n\n{measured_speeds(args.speed)}")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridiff.clock import Bar, Clock
 from hybridiff.guidance import discrepancy, guide
-from hybridiff.samplers import Sampler
+from hybridiff.samplers import Last, Sampler
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
@@ -19,7 +19,6 @@ from hybridiff.schedule import (
     Measure,
     Operation,
     Receive,
-    Retake,
     Run,
     Send,
     Step,
@@ -85,7 +84,7 @@ class Worker:
     def __init__(self, rank: int, task: Task, transport: Transport):
         self.rank, self.task, self.transport = rank, task, transport
         self.latents = task.sampler.start(task.noise)
-        self.taken: list[tuple[Tensor, Tensor]] = []  # latents of every step so far, and what it went along
+        self.last: Last = None
         self.store: dict[Value, Any] = {}
         self.older: dict[Value, Any] = {}  # the result before the one in the store, of what may be extrapolated
 
@@ -143,20 +142,6 @@ class Worker:
                 made = net.end(self.store.pop(Value("slice", text)))
         self.keep(operation.leaves, made)
 
-    def step(self, along: Tensor, i: int) -> None:
-        """Let the sampler make the latents of step i + 1 from those of step i."""
-        last = self.taken[-1] if self.taken else None
-        self.taken.append((self.latents, along))
-        self.latents = self.task.sampler.step(self.latents, along, i, last)
-
-    def retake(self, since: int, i: int) -> None:
-        """Take the steps between `since` and i again; see `schedule.Retake`."""
-        old, new = self.older[GUIDED], self.store[GUIDED]
-        self.latents, _ = self.taken[since + 1]
-        del self.taken[since + 1 :]
-        for j in range(since + 1, i):
-            self.step(old + (j - since) / (i - since) * (new - old), j)
-
     def perform(self, operation: Operation, i: int) -> None:
         """Perform one operation of step i."""
         match operation:
@@ -178,10 +163,10 @@ class Worker:
                 self.store[ahead(value)] = self.extrapolate(value, made, i)
             case Guide(cond, uncond):
                 self.keep(GUIDED, guide(self.store[cond].float(), self.store[uncond].float(), self.task.guidance))
-            case Retake(since):
-                self.retake(since, i)
             case Step(along):
-                self.step(self.store[along].float(), i)
+                now = self.latents, self.store[along].float()
+                self.latents = self.task.sampler.step(*now, i, self.last)
+                self.last = now
 
 
 class StepRecord(NamedTuple):

@@ -11,8 +11,9 @@ PAPER_RULES = {  # appendix G of the paper
     "sd3": SwitchRule(window=15, slope=1e-4, cap=40, interval=5),
 }
 
+
 class Preset(NamedTuple):
-    """A strategy, and the share of all steps that it saves (of our strategies; the paper's has its own rule)."""
+    """A strategy, and the share that it saves of the steps in which our strategies may save; see `usual_reuse`."""
 
     strategy: str
     share: float
@@ -21,15 +22,19 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "exact": Preset("condition", 0.0, "the picture of one device, bit for bit"),
-    "balanced": Preset("step-extrapolation", 0.2, "a fifth of the steps extrapolated"),
-    "fast": Preset("step-extrapolation", 0.32, "a third of the steps extrapolated"),
+    "balanced": Preset("step-extrapolation", 1 / 3, "10 of 50 steps extrapolated"),
+    "fast": Preset("step-extrapolation", 17 / 30, "17 of 50 steps extrapolated"),
     "paper": Preset("paper", 0.0, "the three stages as published"),
 }
 
 
 def usual_reuse(steps: int, share: float) -> Reuse:
-    """`share` of all steps saved, none in the first 30% (there the picture is laid out) nor among the last two."""
-    return Reuse(start=max(2, round(0.3 * steps)), count=round(share * steps))
+    """`share` of the steps that may be saved: not the first 5 and a fifth of all, in which the picture is laid out, nor the last tenth.
+
+    With 50 steps 30 may be saved. With few steps each goes further, so that less of the way can be left to extrapolation.
+    """
+    reuse = Reuse(start=5 + round(0.2 * steps), end=max(2, round(0.1 * steps)))
+    return replace(reuse, count=round(share * reuse.room(steps)))
 
 
 def paper_rule(family: str, steps: int) -> SwitchRule:

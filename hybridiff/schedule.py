@@ -175,20 +175,6 @@ class Guide:
 
 
 @dataclass(frozen=True)
-class Retake:
-    """Take the skipped steps before this one once more, now that the guided predictions at both of their ends are known.
-
-    With guided predictions g_a of step a = `since` and g_i of this step, skipped step j is stepped along the line between them,
-    g_a + (j - a) / (i - a) * (g_i - g_a). The latents that are reached replace those of this step.
-    """
-
-    since: int
-
-    def __str__(self) -> str:
-        return f"take the steps since {self.since} again"
-
-
-@dataclass(frozen=True)
 class Step:
     """Let the sampler step along a value."""
 
@@ -198,7 +184,7 @@ class Step:
         return f"step along {self.along}"
 
 
-Operation = Run | Send | Receive | Join | Measure | Extrapolate | Guide | Retake | Step
+Operation = Run | Send | Receive | Join | Measure | Extrapolate | Guide | Step
 
 
 @dataclass(frozen=True)

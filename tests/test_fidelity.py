@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks.fidelity import Row, Studio, fewer, ssim
+from hybridiff.page import psnr
 from hybridiff.presets import PAPER_RULES, PRESETS, paper_rule, usual_reuse
-from hybridiff.strategies import Reuse, strategies
+from hybridiff.strategies import Reuse
 from weights.load import open_checkpoint
 
 
@@ -35,17 +36,31 @@ def test_rows():
 
 
 def test_presets_scale_with_the_steps():
-    """From 10 to 100 steps: full steps at both ends, the share of saved ones within one step; the paper's numbers at 50."""
-    for steps in range(10, 101):
-        for preset in PRESETS.values():
-            reuse = usual_reuse(steps, preset.share)
+    """From 10 to 100 steps: saved steps apart from both ends, more of them in `fast`, fewer as a share where steps are few; the paper's numbers at 50."""
+    saved = {name: [usual_reuse(steps, PRESETS[name].share) for steps in range(10, 101)] for name in ("balanced", "fast")}
+    for name, reuses in saved.items():
+        assert [reuse.count for reuse in reuses] == sorted(reuse.count for reuse in reuses)
+        for steps, reuse in enumerate(reuses, 10):
             chosen = reuse.spread(steps)
-            assert len(set(chosen)) == len(chosen) == reuse.count and abs(reuse.count - preset.share * steps) <= 0.5
-            assert all(reuse.start <= step < steps - 2 for step in chosen)
-            assert preset.strategy in strategies("sdxl")
-        for family in PAPER_RULES:
-            rule = paper_rule(family, steps)
-            assert rule.cap + rule.interval <= steps and (steps != 50 or rule == PAPER_RULES[family])
+            assert len(set(chosen)) == len(chosen) == reuse.count <= (0.25 if name == "balanced" else 0.38) * steps
+            assert all(7 <= reuse.start <= step < steps - 2 for step in chosen)
+            assert not any({step, step + 1, step + 2} <= set(chosen) for step in chosen)
+            if name == "balanced":
+                assert not any(step + 1 in chosen for step in chosen) and reuse.count <= saved["fast"][steps - 10].count
+    assert saved["balanced"][40].count == 10 and saved["fast"][40].count == 17
+    assert usual_reuse(1, PRESETS["fast"].share).spread(1) == []
+    for family, rule in PAPER_RULES.items():
+        assert paper_rule(family, 50) == rule
+        assert all(paper_rule(family, steps).cap + paper_rule(family, steps).interval <= steps for steps in range(10, 101))
+
+
+@pytest.mark.parametrize("guidance, sampler", ((1.5, "ddim"), (12.0, "dpmpp_2m")))
+def test_presets_stay_close(guidance, sampler):
+    """`close`: weak and strong guidance, samplers of both orders, 20 steps of the demo: the picture by `fast` is near that by `exact`."""
+    studio = Studio(open_checkpoint("demo-sdxl"), prompts=1, seeds=[0])
+    rows = [Row(name, PRESETS[name].strategy, 20, 20, reuse=usual_reuse(20, PRESETS[name].share), sampler=sampler) for name in ("exact", "fast")]
+    exact, fast = (studio.picture(row, studio.task(row, 0, 0, guidance))[0] for row in rows)
+    assert psnr(exact, fast) > 25
 
 
 def test_command_goes_on_from_its_file(tmp_path):

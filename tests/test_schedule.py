@@ -13,7 +13,6 @@ from hybridiff.schedule import (
     Join,
     Measure,
     Receive,
-    Retake,
     Run,
     ScheduleError,
     Send,
@@ -85,8 +84,6 @@ def assert_sources_exist(plan: StepPlan, kept: dict[int, Counter]) -> None:
                 case Guide(cond, uncond):
                     assert store[cond] and store[uncond], f"rank {rank}: {operation}"
                     store[GUIDED] += 1
-                case Retake(since):
-                    assert store[GUIDED] >= 2 and since >= 0, f"rank {rank}: {operation}"
                 case Measure():
                     store[DISCREPANCY] += 1
                 case Send(value) | Step(value):

@@ -1,8 +1,8 @@
-"""Some steps are not computed at all: their guided prediction is read off a line through computed ones."""
+"""Some steps are not computed at all: their guided prediction lies on the line through the last two computed ones."""
 
 from typing import Sequence
 
-from hybridiff.schedule import GUIDED, Extrapolate, Retake, Step, StepPlan, ahead
+from hybridiff.schedule import GUIDED, Extrapolate, Step, StepPlan, ahead
 from hybridiff.strategies.condition import guided_step
 from hybridiff.strategies.settings import Settings
 from hybridiff.strategies.sharing import evaluate
@@ -26,16 +26,11 @@ def step_extrapolation(
 ) -> StepPlan:
     """Condition partitioning, but a few steps, evenly spread, cost nothing and move nothing.
 
-    With the guided predictions g_a, g_b of the last two computed steps a < b, a skipped step j is taken along the line through
-    them, g_b + (j - b) / (b - a) * (g_b - g_a). As soon as the next computed step i has given g_i, step j is taken again, along
-    the line between its neighbours: g_b + (j - b) / (i - b) * (g_i - g_b). (So does the corrector of UniPC, Zhao et al. 2023.)
+    With the guided predictions g_a, g_b of the last two computed steps a < b, a skipped step i takes
+    g_i = g_b + (i - b) / (b - a) * (g_b - g_a) and lets the sampler step along it.
     """
     reused = settings.reuse.spread(settings.steps)
     if step in reused:
         skip = Extrapolate(GUIDED, last_two(step, reused)), Step(ahead(GUIDED))
         return StepPlan("parallelism", (skip,) * ranks)
-    plan = StepPlan(stage_of(step, reused), guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))
-    if step - 1 not in reused:
-        return plan
-    again = Retake(since=last_two(step, reused)[-1])
-    return StepPlan(plan.stage, tuple((*operations[:-1], again, operations[-1]) for operations in plan.operations))
+    return StepPlan(stage_of(step, reused), guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))
