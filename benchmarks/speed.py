@@ -1,6 +1,7 @@
 """Speed of whole runs against the schedule's arithmetic: `python benchmarks/speed.py --json FILE`.
 
-The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights in bf16 on the CPU, one thread a rank. Rows:
+The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights on the CPU, in bf16 where
+it has instructions for that, else in fp32 (twice the memory), one thread a rank. Rows:
 `serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, the presets `balanced` and `fast`, `paper-K` (K pipelined
 steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
 Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
@@ -22,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
+from benchmarks.full_size import CPU_DTYPE, FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
 from benchmarks.timed import PARTS, on_ranks, parts_on_cuda  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.schedule import StepPlan  # noqa: E402
@@ -224,7 +225,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     conditions = machine() | {
-        "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": "bfloat16 on the CPU",
+        "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": f"{CPU_DTYPE} on the CPU".removeprefix("torch."),
         "threads a rank": 1, "repeats of a part": args.repeats, "switch": "by the cap",
     }  # fmt: skip
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 import torch.multiprocessing as mp
 
-from benchmarks.full_size import make_task
+from benchmarks.full_size import CPU_DTYPE, make_task
 from hybridiff.denoise import Task, denoise
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox, Transport, connect, disconnect
@@ -66,7 +66,7 @@ def on_rank(rank: int, ranks: int, port: int, folder: str, where: dict, work: st
     """Body of a rank. `where`: family, size, steps, tiny; `work`: "parts", "run" or "diffusers"."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    task = make_task(dtype=torch.bfloat16, device="cpu", **where)
+    task = make_task(dtype=CPU_DTYPE, device="cpu", **where)
     if work == "diffusers":
         from benchmarks import diffusers_loop
 
