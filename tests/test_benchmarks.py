@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.full_size import FAMILIES, make_task, row_plan
+from benchmarks.full_size import CPU_DTYPE, FAMILIES, make_task, row_plan
 from benchmarks.speed import LINKS, by_medians, plans_of, predict
 from hybridiff.denoise import denoise
 from hybridiff.timeline import message_bytes, total_bytes
@@ -52,7 +52,7 @@ def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
     assert {key: results[key] for key in before} == before
     for row in rows:
         result = results[f"{family} 64 9 steps {row}"]
-        expected = total_bytes(plans_of(family, row, result["steps"]), make_task(family, 64, 9, torch.bfloat16, True))
+        expected = total_bytes(plans_of(family, row, result["steps"]), make_task(family, 64, 9, CPU_DTYPE, True))
         assert result["bytes"] == dict(expected)
         assert [len(seconds) for seconds in result["seconds of each step"]] == [result["steps"]] * result["ranks"]
         assert result.get("distance from our prediction", 0.0) < 0.02
