@@ -85,19 +85,21 @@ def make_task(
     return Task(net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
 
 
-def row_plan(family: str, row: str, steps: int) -> tuple[Strategy, Settings]:
-    """The strategy and settings of a row: "serial", "batched", "condition", "paper-K", or a preset of ours.
+def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False) -> tuple[Strategy, Settings]:
+    """The strategy, on its usual number of ranks or another, and settings of a row: "serial", "batched", "condition", "paper-K", or a preset of ours.
 
     The switch comes by the cap, so that it does not depend on what the networks predict: the paper's cap, or earlier where
     the k + 1 pipelined steps would else pass the last step.
     """
     if row in ("balanced", "fast"):
-        preset = PRESETS[row]
-        return strategies(family)[preset.strategy], Settings(steps, reuse=usual_reuse(steps, preset.share))
-    name, _, k = row.partition("-")
-    k = int(k or 5)
-    cap = max(1, min(PAPER_RULES[family].cap, steps - k - 1))
-    return strategies(family)[name], Settings(steps, SwitchRule(window=steps + 1, slope=0.0, cap=cap, interval=k))
+        name, settings = PRESETS[row].strategy, Settings(steps, reuse=usual_reuse(steps, PRESETS[row].share))
+    else:
+        name, _, k = row.partition("-")
+        k = int(k or 5)
+        cap = max(1, min(PAPER_RULES[family].cap, steps - k - 1))
+        settings = Settings(steps, SwitchRule(window=steps + 1, slope=0.0, cap=cap, interval=k))
+    strategy = strategies(family)[name]
+    return strategy.on(ranks or strategy.ranks, (TINY if tiny else FULL)[family]), settings
 
 
 def machine() -> dict[str, object]:

@@ -128,10 +128,8 @@ def demands(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, 
     for part in ENCODERS:
         if part in checkpoint.parts:
             dtype, on_gpu = request.dtype, cuda
-            if part == "t5" and request.t5 == "cpu":
-                on_gpu, dtype = False, torch.bfloat16 if dtype == torch.float16 else dtype
-            if part == "t5" and request.t5 == "fp8":
-                dtype = checkpoint.dtype("t5")
+            if part == "t5" and (request.t5 != "device" or not cuda):  # it stays as it is stored
+                on_gpu, dtype = cuda and request.t5 == "fp8", checkpoint.dtype("t5")
             yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *place(weight_bytes(checkpoint, part, dtype, not on_gpu), on_gpu)
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
     height, width = request.height // vae.factor, request.width // vae.factor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridiff.charts import discrepancy_chart, runs_of, slope_chart, timeline_chart
 from hybridiff.pipeline import Request, Result
-from hybridiff.report import write_whole
+from hybridiff.report import in_use, write_whole
 from hybridiff.switching import Switch, find_switch
 
 STYLE = """
@@ -256,6 +256,7 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         "without it, and the difference is amplified (<i>classifier-free guidance</i>). Two devices can share that work: this page shows how it went.</p>",
         pictures(report, result.image, serial),
         f"<p><b>Exact:</b> {escape(report['exact']['words'])}.</p>",
+        *(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in in_use(report["use"])),
         f'<div class="facts">{cards}</div>',
         stages_section(report),
         *([curve_section(report, request, switch)] if any(step["discrepancy"] is not None for step in report["steps"]) else []),

@@ -45,7 +45,8 @@ def exactness(request: Request, result: Result, ranks: int) -> dict:
     else:
         decoder = f"by {ranks} ranks together" if decoded_together(request, ranks) else "whole"
     words = "every step" if steps == len(stages) else f"the first {steps} of {len(stages)} steps" if steps else "no step"
-    words += " as serial computes it" + ("" if decoder == "whole" else f"; decoded {decoder}, which rounds otherwise")
+    words += " as serial computes it" + (" (tokens divided among ranks round otherwise)" if "keys" in result.bytes_sent else "")
+    words += ("" if decoder == "whole" else f"; decoded {decoder}, which rounds otherwise")
     return {"steps": steps, "of": len(stages), "decoder": decoder == "whole", "words": words}
 
 

@@ -15,22 +15,23 @@ from models.unet import UNet
 def best_cuts(times: Sequence[Sequence[float]]) -> tuple[int, ...]:
     """Positions of the cuts between N segments of a network of U units, in order and none empty, so that the slowest segment is fastest.
 
-    `times[s][u]`: what unit u takes on the device of segment s. Among equals the one whose later segments are the least slow; N <= U.
+    `times[s][u]`: what unit u takes on the device of segment s; N <= U. Where several cuts do, those with alike segments are preferred.
     """
     segments, units = len(times), len(times[0])
 
     @cache
-    def best(segment: int, start: int) -> tuple[float, tuple[int, ...]]:
-        """The slowest of the segments from this one on, which begins at unit `start`, and their cuts."""
+    def best(segment: int, start: int) -> tuple[float, float, tuple[int, ...]]:
+        """Of the segments from this one on, which begins at unit `start`: the slowest, the sum of squares, and the cuts."""
         if segment == segments - 1:
-            return sum(times[segment][start:]), ()
+            own = sum(times[segment][start:])
+            return own, own**2, ()
         choices = []
         for stop in range(start + 1, units - (segments - segment - 1) + 1):
-            slowest, cuts = best(segment + 1, stop)
-            choices.append((max(sum(times[segment][start:stop]), slowest), (stop, *cuts)))
+            own, (slowest, squares, cuts) = sum(times[segment][start:stop]), best(segment + 1, stop)
+            choices.append((max(own, slowest), own**2 + squares, (stop, *cuts)))
         return min(choices)
 
-    return best(0, 0)[1]
+    return best(0, 0)[2]
 
 
 def even(sizes: Sequence[float], segments: int) -> tuple[int, ...]:

@@ -14,12 +14,12 @@ from weights.load import Checkpoint
 
 
 def run_encoder(
-    checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype, fp8: bool = False
+    checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype, stored: bool = False
 ) -> list:
     """Run one text encoder over the texts, one by one (batch 1, so that a text's result never depends on the others)."""
     if not texts:  # nothing is loaded where there is nothing to encode
         return []
-    tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device, fp8=fp8)
+    tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device, stored=stored)
     results = [encoder(tokenizer(text).to(device)) for text in texts]
     for result in results:
         named = {"text": result} if isinstance(result, Tensor) else dict(zip(("text", "pooled text"), result))
@@ -43,8 +43,8 @@ def encode(
 ) -> dict[str, UNetConditioning] | dict[str, MMDiTConditioning]:
     """The conditioning of the branches asked for, batch 1, in `dtype` on `device`; sizes in pixels.
 
-    `t5`: "device", "cpu" (T5 stays in host memory and runs there, in bf16 where `dtype` is fp16) or "fp8" (its stored
-    fp8 weights stay so and are brought to `dtype` layer by layer).
+    `t5`: "device", "cpu" (T5 runs there, in fp32) or "fp8" (its stored fp8 weights stay so on the device and are brought to `dtype`
+    layer by layer, as they always are on the CPU, where T5 is the mapped file and takes no memory of its own).
     """
     texts = {branch: {"cond": prompt, "uncond": negative_prompt}[branch] for branch in branches}
     if checkpoint.family == "sdxl":
@@ -82,11 +82,10 @@ def encode_sd3(checkpoint, texts, device, dtype, t5) -> dict[str, MMDiTCondition
     context_width = checkpoint.config("denoiser").context_width
     if "t5" not in checkpoint.parts:
         text_t5s = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * len(texts)
-    elif t5 == "cpu":
-        slow = torch.bfloat16 if dtype == torch.float16 else dtype  # CPUs compute in bf16 sooner than in fp16
-        text_t5s = [text.to(device) for text in run_encoder(checkpoint, "t5", texts, torch.device("cpu"), slow)]
     else:
-        text_t5s = run_encoder(checkpoint, "t5", texts, device, dtype, fp8=t5 == "fp8")
+        place, precision = (torch.device("cpu"), torch.float32) if t5 == "cpu" else (device, dtype)
+        stored = t5 == "fp8" or place.type == "cpu"
+        text_t5s = [text.to(device) for text in run_encoder(checkpoint, "t5", texts, place, precision, stored)]
     branches = []
     for (text_l, pooled_l), (text_g, pooled_g), text_t5 in zip(clip_l, clip_g, text_t5s):
         clip = torch.cat([text_l, text_g], dim=2)

@@ -29,8 +29,13 @@ def part_costs(task: Task, plans: Sequence[StepPlan] = ()) -> Costs:
     task = replace(task, noise=task.noise.to(meta), conditioning={"cond": told, "uncond": told})
     parts = [Run("whole", "cond"), Run("entry", "cond"), Run("inner", "cond", entry("cond")), Run("exit", "cond", inner("cond"))]
     parts += [run for plan in plans for run in plan.runs() if run.text != "both"]
-    operations = {unit: count(task, run) for unit, run in {run.unit: run for run in parts}.items()}
-    return {unit: share / operations["whole"] for unit, share in operations.items()}
+    counted: dict[object, int] = {}  # kind of part -> operations
+    costs: Costs = {}
+    for unit, run in {run.unit: run for run in parts}.items():
+        kind = (run.part, run.at, run.of, task.denoiser.kind(run.block)) if run.of else unit
+        counted[kind] = counted.get(kind) or count(task, run)
+        costs[unit] = counted[kind] / counted["whole"]
+    return costs
 
 
 @torch.inference_mode()

@@ -345,6 +345,10 @@ class MMDiT(nn.Module):
         together = Keys(*(None if same[0] is None else torch.cat(same, dim=2) for same in zip(*keys)))
         return part._replace(tokens=self.joint_blocks[block].attend(part.tokens, queries, together))
 
+    def kind(self, block: int) -> tuple[int, int]:
+        """Blocks of one kind do the same work."""
+        return self.joint_blocks[block].x_block.chunks, self.joint_blocks[block].context_block.chunks
+
     def end(self, part: Slice) -> Tensor:
         """The slice's rows of the velocity (B, C, rows, w)."""
         return self.predict(part.tokens.image, part.c, part.columns)

@@ -17,6 +17,7 @@ import transformers
 from official import tensors, write_sparse
 from safetensors.torch import load_file, save_file
 from small import PIECES, SIZES, random_states, write_folder, write_single
+from test_samplers import relative
 from test_tokenizers import t5_oracle
 from torch import Tensor, nn
 
@@ -159,14 +160,31 @@ def test_t5_runs_in_its_stored_fp8(tmp_path: Path, dtype: torch.dtype):
     states = random_states("sd3", torch.float16)
     states["t5"] = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in states["t5"].items()}
     checkpoint = open_checkpoint(str(write_single(tmp_path / "x.safetensors", "sd3", states)))
-    whole, stored = (checkpoint.load("t5", dtype, fp8=fp8) for fp8 in (False, True))
+    whole, stored = (checkpoint.load("t5", dtype, stored=stored) for stored in (False, True))
     kept = sum(tensor.nbytes for tensor in stored.state_dict().values() if tensor.dtype == torch.float8_e4m3fn)
     assert kept == sum(layer.weight.numel() for layer in whole.modules() if isinstance(layer, nn.Linear)) > 0
     ids = checkpoint.tokenizer("t5")("a red star")
     with torch.inference_mode():
         assert torch.equal(whole(ids), stored(ids))
         told = [encode(checkpoint, "a red star", None, 32, 32, torch.device("cpu"), dtype, t5) for t5 in ("device", "cpu", "fp8")]
-    assert all(torch.equal(told[0]["cond"].text, other["cond"].text) for other in told[1:])
+    device, cpu, fp8 = (branches["cond"].text for branches in told)
+    assert torch.equal(device, fp8) and cpu.dtype == dtype
+    assert torch.equal(device, cpu) if dtype == torch.float32 else relative(cpu, device) < 0.02  # there T5 computes in fp32
+
+
+def test_t5_on_the_cpu_is_the_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the precision of the rest: its linear layers are not copied, and the text is `equal` to that of copied ones."""
+    checkpoint = open_checkpoint(str(write_single(tmp_path / "x.safetensors", "sd3", random_states("sd3", torch.float16))))
+    told, loaded, load = [], [], checkpoint.load
+    for forced in (False, True):
+        def spy(part: str, *options, stored: bool = False, forced: bool = forced):
+            loaded.append((part, stored))
+            return load(part, *options, stored=stored and not forced)
+
+        monkeypatch.setattr(checkpoint, "load", spy)
+        with torch.inference_mode():
+            told.append(encode(checkpoint, "a red star", None, 32, 32, torch.device("cpu"), torch.float32)["cond"].text)
+    assert torch.equal(*told) and loaded.count(("t5", True)) == 2
 
 
 def test_a_text_encoder_that_lacks_its_last_layer_is_refused(folder: Path, tmp_path: Path):

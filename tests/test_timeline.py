@@ -16,11 +16,26 @@ CAPPED = SwitchRule(window=50, cap=4, interval=3)
 PAPER = {"sdxl": SwitchRule(window=50, cap=15, interval=5), "sd3": SwitchRule(window=50, cap=40, interval=5)}
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 6])
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_bytes_told_are_the_bytes_sent(family):
+def test_bytes_told_are_the_bytes_sent(family, ranks):
     """`equal`, to the byte and by kind, where the switch comes by the cap."""
-    plans = plan_all(strategies(family)["paper"], Settings(12, CAPPED))
-    assert total_bytes(plans, make_task(family, 12)) == run(family, "paper", 12, CAPPED)["bytes"]
+    task = make_task(family, 12)
+    strategy = strategies(family)["paper"].on(ranks, task.denoiser.config)
+    plans, task = plan_all(strategy, Settings(12, CAPPED)), replace(task, cuts=strategy.cuts(task.denoiser))
+    assert total_bytes(plans, task) == run(family, "paper", 12, CAPPED, ranks=ranks)["bytes"]
+
+
+def test_four_ranks_cost_what_the_arithmetic_says():
+    """Worked by hand, 20 steps with one filling and five pipelined ones (k = 5, the cap), four equal segments, no rounding of slices."""
+    settings = Settings(20, replace(CAPPED, interval=5))
+    parts = {"whole": 1.0, "entry": 0.125, "down1": 0.125, "down2": 0.125, "inner2": 0.25, "up2": 0.125, "up1": 0.125, "exit": 0.125}
+    net = make_task("sdxl", 1).denoiser.config
+    assert abs(length(timeline(plan_all(strategies("sdxl")["paper"].on(4, net), settings), parts)) - (14 + 1 + 5 * 0.25)) < 1e-9
+    parts = {"entry": 0.0, "inner": 0.25, "inner1": 0.25, "inner2": 0.25, "exit2": 0.25, "begin 1/2": 0, "begin 2/2": 0, "end 1/2": 0, "end 2/2": 0}
+    parts |= {f"{part} {at}/2 of block {block}": 0.5 / 6 / 2 for part in ("keys", "attend") for at in (1, 2) for block in range(6)}
+    net = make_task("sd3", 1).denoiser.config
+    assert abs(length(timeline(plan_all(strategies("sd3")["paper"].on(4, net), settings), parts)) - (7 + 1 + 5 * 0.25)) < 1e-9
 
 
 @pytest.mark.parametrize("family, most", [("sdxl", 0.04e9), ("sd3", 0.12e9)])
@@ -68,6 +83,10 @@ def test_drawing():
 def test_explain_reads_well(family):
     task = make_task(family, 20)
     text = explain("paper", strategies(family)["paper"], Settings(20, CAPPED), replace(task, denoiser=task.denoiser.to("meta")))
+    four = strategies(family)["paper"].on(4, task.denoiser.config)
+    more = explain("paper", four, Settings(20, CAPPED), replace(task, denoiser=task.denoiser.to("meta"), cuts=four.cuts(task.denoiser)))
+    assert ("idle outside of the middle stage: ranks 1, 3" if family == "sdxl" else "the same for blocks 1 to 5") in more
+    assert max(map(len, more.splitlines())) < 160
     for piece in ("steps 0 to 3, warm-up", "step 4, parallelism", "fully-connecting", "speed-up", "bytes sent: "):
         assert piece in text
     assert max(map(len, text.splitlines())) < 160

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.t5 import Linear as T5Linear
 from models.tokenizers import CLIPTokenizer, T5Tokenizer
 from weights.check import Config, Fitted, build, check_part, check_together
-from weights.files import FLOATS, FP8, Reader, WeightsError
+from weights.files import FLOATS, Reader, WeightsError
 from weights.find import locate
 from weights.parts import PREFIXES, Contents, read_beside, read_encoder, read_folder, read_single
 from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
@@ -91,16 +91,16 @@ class Checkpoint:
 
     @torch.no_grad()
     def load(
-        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, fp8: bool = False,
+        self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, stored: bool = False,
         names: tuple[str, ...] | None = None,
     ) -> nn.Module:  # fmt: skip
         """A part as a module in eval mode without gradients, its tensors brought one by one to device and dtype.
 
-        `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need. With `fp8`, T5's linear layers
-        keep their stored fp8 and are brought to the computing dtype one by one as they run. With `names`, only parameters whose names
+        `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need. With `stored`, T5's linear layers
+        keep their stored dtype and are brought to the computing dtype one by one as they run. With `names`, only parameters whose names
         begin with one of these are loaded; the others stay on the meta device, where nothing can be computed with them.
         """
-        asked = part, dtype, str(device), decoder_only, fp8, names
+        asked = part, dtype, str(device), decoder_only, stored, names
         if asked in self.kept:
             return self.kept[asked]
         fitted = self.part(part)
@@ -108,7 +108,7 @@ class Checkpoint:
         if decoder_only:
             for half in ("encoder", "quant_conv"):
                 module._modules.pop(half, None)
-        stays = {f"{name}.weight" for name, layer in module.named_modules() if fp8 and isinstance(layer, T5Linear)}
+        stays = {f"{name}.weight" for name, layer in module.named_modules() if stored and isinstance(layer, T5Linear)}
         state: dict[str, Tensor] = {}
         read = Reader()
         for name, tensor in module.state_dict().items():
@@ -119,11 +119,11 @@ class Checkpoint:
             if source is None:  # the last layer of SDXL's CLIP-L, of which only the input is used
                 state[name] = torch.zeros(tensor.shape, dtype=dtype, device=device)
                 continue
-            stored = [read(fitted.entries[key]) for key in source.keys]
-            made = source.make(stored)
-            state[name] = made.contiguous().to(device, made.dtype if name in stays and made.dtype in FP8 else dtype)
-            if state[name].data_ptr() != stored[0].data_ptr():
-                read.copied(sum(tensor.nbytes for tensor in stored))
+            pieces = [read(fitted.entries[key]) for key in source.keys]
+            made = source.make(pieces)
+            state[name] = made.contiguous().to(device, made.dtype if name in stays else dtype)
+            if state[name].data_ptr() != pieces[0].data_ptr():
+                read.copied(sum(piece.nbytes for piece in pieces))
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
         if self.keep:

@@ -1,0 +1,151 @@
+"""Where networks are cut, by size or by measured times, and what weights a rank holds."""
+
+import itertools
+import json
+import random
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_command_line import torchrun
+
+from hybridiff.denoise import Worker
+from hybridiff.errors import UsageError
+from hybridiff.pipeline import Request, meta_task, plan_request
+from hybridiff.schedule import DISCREPANCY, interleave
+from hybridiff.segments import balanced, best_cuts, even, in_segments, weights_needed
+from hybridiff.strategies import Settings, strategies
+from hybridiff.switching import SwitchRule
+from hybridiff.timeline import idle_ranks, runs_of, unit_times
+from hybridiff.transport import Mailbox
+from tests.tiny import make_task, run
+from weights.load import open_checkpoint
+
+CAPPED = SwitchRule(window=50, cap=3, interval=5)
+ASKED = Request(prompt="", negative_prompt=None, steps=9, guidance=5.0, height=128, width=128, seed=1,
+                sampler=None, strategy="paper", rule=CAPPED, dtype=torch.float32)  # fmt: skip
+
+
+def slowest(times: list[list[float]], cuts: tuple[int, ...]) -> float:
+    """The time of the slowest segment."""
+    ends = [0, *cuts, len(times[0])]
+    return max(sum(own[a:b]) for own, a, b in zip(times, ends, ends[1:]))
+
+
+def test_best_cuts():
+    """By hand; and in seeded cases no cuts are better than the chosen ones."""
+    assert even([1] * 6, 2) == (3,) and even([1, 1, 1, 9], 2) == (3,) and even([5] * 4, 4) == (1, 2, 3)
+    assert best_cuts([[1] * 6, [2] * 6]) == (4,)  # half as fast, half as much
+    rng = random.Random(0)
+    for _ in range(50):
+        units, segments = rng.randint(2, 8), rng.randint(2, 4)
+        segments = min(segments, units)
+        times = [[rng.uniform(0.1, 2) for _ in range(units)] for _ in range(segments)]
+        every = itertools.combinations(range(1, units), segments - 1)
+        assert slowest(times, best_cuts(times)) == min(slowest(times, cuts) for cuts in every)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_slower_device_gets_the_smaller_part(family):
+    """Rank 0 three times as slow: its part, the innermost ring or the first blocks, shrinks."""
+    net = make_task(family, 1).denoiser
+    units = net.config.segments
+    (alike,), (slow,) = (balanced(net, [[times] * units, [1.0] * units]) for times in (1.0, 3.0))
+    assert slow > alike if family == "sdxl" else slow[1] < alike[1]
+    assert len(balanced(net, [[1.0] * units] * 4)) == 3
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("segments", [2, 4, 6])
+def test_segments_together_are_the_network(family, segments):
+    """`equal`: the prediction of all segments one after the other, however it is cut."""
+    task = make_task(family, 1)
+    net, units = task.denoiser, task.denoiser.config.segments
+    worker = Worker(0, replace(task, cuts=net.cuts(even(net.unit_sizes(), segments))), Mailbox())
+    with torch.inference_mode():
+        for _, operation in in_segments(net, "cond", segments):
+            worker.run(operation, 0)
+        whole = net(task.sampler.network_input(worker.latents, 0), task.sampler.timesteps[:1], task.conditioning["cond"])
+    assert torch.equal(worker.store[operation.leaves], whole)
+    assert {unit for unit, _ in in_segments(net, "cond", units)} == set(range(units))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_every_unit_takes_time(family):
+    times = unit_times(make_task(family, 1), repeats=1)
+    assert len(times) == make_task(family, 1).denoiser.config.segments and min(times) > 0
+
+
+@pytest.mark.parametrize("interval", [0, 5])
+def test_each_rank_runs_on_the_weights_that_it_holds(interval):
+    """`equal` latents where every rank of four has all other weights on the meta device; the spare ranks of the U-Net hold a ring each."""
+    rule, steps = replace(CAPPED, interval=interval), 12
+    played = run("sdxl", "paper", steps, rule, ranks=4)["latents"]
+    task, mailbox = make_task("sdxl", steps), Mailbox()
+    strategy, settings = strategies("sdxl")["paper"].on(4, task.denoiser.config), Settings(steps, rule)
+    cuts, workers, held = strategy.cuts(task.denoiser), [], []
+    for rank in range(4):
+        net, names = deepcopy(task.denoiser), weights_needed(task.denoiser, cuts, runs_of(strategy, settings, rank))
+        state = {name: tensor if names is None or name.startswith(names) else tensor.to("meta") for name, tensor in net.state_dict().items()}
+        net.load_state_dict(state, assign=True)
+        workers.append(Worker(rank, replace(task, denoiser=net, cuts=cuts), mailbox))
+        held.append(sum(tensor.numel() for tensor in state.values() if not tensor.is_meta))
+    assert held[0] == held[2] > sum(held[1::2]) and (min(held) > 0 or interval == 0)
+    history: list[float | None] = []
+    with torch.inference_mode():
+        for step in range(steps):
+            plan = strategy.plan(step, history, settings)
+            for rank, operation in interleave(list(enumerate(plan.operations)), lambda receive, rank: mailbox.arrived(receive.source, rank)):
+                workers[rank].perform(operation, step)
+            measured = workers[0].store.pop(DISCREPANCY, None)
+            history.append(None if measured is None else float(measured))
+            assert all(torch.equal(worker.latents, played[step]) for worker in workers)
+
+
+def test_only_named_weights_are_loaded():
+    checkpoint = open_checkpoint("demo-sdxl")
+    net = checkpoint.load("denoiser", torch.float16, names=("time_embed.", "input_blocks.3."))
+    for name, tensor in net.state_dict().items():
+        assert tensor.is_meta != name.startswith(("time_embed.", "input_blocks.3.")) and tensor.dtype == torch.float16
+
+
+@pytest.mark.parametrize("family, counts", [("sdxl", "1 process or 2, 4, 6 or 8 ranks"), ("sd3", "1 process or 2, 4 or 6 ranks")])
+def test_counts_of_ranks(family, counts):
+    """Any even number up to what the network allows; others are refused in one sentence that says which work."""
+    checkpoint = open_checkpoint(f"demo-{family}")
+    for ranks in range(1, 11):
+        for name in ("paper", "step-extrapolation"):
+            asked = replace(ASKED, strategy=name)
+            if ranks == 1 or str(ranks) in counts.partition("or")[2]:
+                strategy, _ = plan_request(checkpoint, asked, ranks)
+                assert strategy.ranks == max(2, ranks) and len(meta_task(checkpoint, asked, ranks).cuts) == strategy.ranks - 1
+            else:
+                with pytest.raises(UsageError, match=f"runs on {counts} with this network, not on {ranks}"):
+                    plan_request(checkpoint, asked, ranks)
+    with pytest.raises(UsageError, match="runs on 1 process or 2 ranks, not on 4"):
+        plan_request(checkpoint, replace(ASKED, strategy="inner-reuse"), 4)
+    if family == "sd3":
+        with pytest.raises(UsageError, match="--height 32 is 2 rows of patches, too few for 6 ranks"):
+            plan_request(checkpoint, replace(ASKED, height=32), 6)
+
+
+def test_idle_ranks_are_named():
+    for name, words in (("paper", "idle outside of the middle stage: ranks 1, 3"), ("step-extrapolation", "idle all the time: ranks 1, 3")):
+        strategy = strategies("sdxl")[name].on(4, make_task("sdxl", 1).denoiser.config)
+        assert idle_ranks(strategy, Settings(20, CAPPED)).startswith(words)
+        assert idle_ranks(strategies("sdxl")[name], Settings(20, CAPPED)) is None
+    strategy = strategies("sd3")["paper"].on(4, make_task("sd3", 1).denoiser.config)
+    assert idle_ranks(strategy, Settings(20, CAPPED)) is None
+
+
+def test_balance_on_four_ranks(tmp_path):
+    """The cut is told, stored, and the same on every rank, or else they would wait for each other."""
+    options = ["--strategy", "paper", "--steps", "8", "--window", "9", "--cap", "2", "--interval", "4", "--seed", "1", "--balance"]
+    ran = torchrun(*options, "--out", str(tmp_path / "p.png"), "--report", str(tmp_path / "r"), ranks=4)
+    assert ran.returncode == 0, ran.stderr
+    use = json.loads((tmp_path / "r" / "report.json").read_text())["use"]
+    assert f"cut at {use['cuts']} after timing" in ran.stdout and len(use["cuts"]) == 3
+    assert [len(times) for times in use["seconds_of_units"]] == [9] * 4
+    assert use["weights"][0] == use["weights"][2] > use["weights"][1] + use["weights"][3]
+    assert "idle outside of the middle stage: ranks 1, 3" in ran.stdout
