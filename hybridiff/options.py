@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         "guided-pipeline (one process or two ranks; the first three also more)")
     add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
     add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
-    add("--full-first", type=int, help="full steps before the first saved one (default: 30%% of the steps)")
+    add("--full-first", type=int, help="full steps before the first saved one (default: 5 and a fifth of the steps)")
     add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
     add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
     add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")

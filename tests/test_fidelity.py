@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from benchmarks.fidelity import Row, Studio, fewer, ssim
+from benchmarks.frontier import kind, plot, rows_of
 from hybridiff.page import psnr
 from hybridiff.presets import PAPER_RULES, PRESETS, paper_rule, usual_reuse
 from hybridiff.strategies import Reuse
@@ -54,13 +56,27 @@ def test_presets_scale_with_the_steps():
         assert all(paper_rule(family, steps).cap + paper_rule(family, steps).interval <= steps for steps in range(10, 101))
 
 
-@pytest.mark.parametrize("guidance, sampler", ((1.5, "ddim"), (12.0, "dpmpp_2m")))
+@pytest.mark.parametrize("guidance, sampler", ((1.5, "ddim"), (12.0, "ddim"), (3.0, "dpmpp_2m")))
 def test_presets_stay_close(guidance, sampler):
     """`close`: weak and strong guidance, samplers of both orders, 20 steps of the demo: the picture by `fast` is near that by `exact`."""
     studio = Studio(open_checkpoint("demo-sdxl"), prompts=1, seeds=[0])
     rows = [Row(name, PRESETS[name].strategy, 20, 20, reuse=usual_reuse(20, PRESETS[name].share), sampler=sampler) for name in ("exact", "fast")]
     exact, fast = (studio.picture(row, studio.task(row, 0, 0, guidance))[0] for row in rows)
     assert psnr(exact, fast) > 25
+
+
+def test_frontier_draws_every_curve():
+    """Every row once, every curve in the SVG, which is well-formed; with --steps alone one panel a family."""
+    measured = {
+        (family, steps): [(row, {"speed-up": 2.5, "PSNR": 50.0, "worst PSNR": 40.0}) for row in rows_of(family, steps)]
+        for steps in (50, 28) for family in ("sdxl", "sd3")
+    }  # fmt: skip
+    for rows in measured.values():
+        names = [row.name for row, _ in rows]
+        assert len(set(names)) == len(names) and {row.strategy for row, _ in rows} == {"condition", "paper", "step-extrapolation", "inner-reuse", "guided-pipeline"}
+    drawn = plot(measured)
+    said = [element.text or "" for element in ElementTree.fromstring(drawn).iter()]
+    assert {kind(row) for rows in measured.values() for row, _ in rows} - set(said) == {"condition"}  # equal to serial, beyond the chart
 
 
 def test_command_goes_on_from_its_file(tmp_path):
