@@ -6,7 +6,6 @@ The column "one device" is the speed-up of the same saving without the second ra
 --speed FILE, a result of `benchmarks/speed.py`, the measured speed-ups of the full-size networks stand in a table of their own.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import replace
