@@ -13,6 +13,7 @@ from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import SharedError, UsageError, require_finite
 from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
+from hybridiff.schedule import Run
 from hybridiff.segments import balanced, weights_needed
 from hybridiff.strategies import Reuse, Settings, Strategy, strategies
 from hybridiff.switching import SwitchRule
@@ -106,9 +107,6 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     if request.t5 == "fp8" and not ("t5" in checkpoint.parts and checkpoint.dtype("t5") in FP8):
         raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this checkpoint has none: leave it out or give --t5 cpu.")
-    for name, text in (("prompt", request.prompt), ("negative-prompt", request.negative_prompt or "")):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that are no UTF-8 arrive so from the command line
-            raise UsageError(f"--{name} {ascii(text):.80} is not valid Unicode: type it again, in UTF-8.")
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
@@ -177,20 +175,16 @@ def decoded_together(request: Request, ranks: int) -> bool:
     return ranks > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
 
 
-def texts_of(strategy: Strategy, settings: Settings, transport: Transport) -> list[str]:
-    """The texts ("cond", "uncond") under which the ranks of this process run parts of the network: each rank encodes only its own."""
+def runs_here(strategy: Strategy, settings: Settings, transport: Transport) -> list[Run]:
+    """All parts of the network that the ranks of this process may ever run."""
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank % strategy.ranks]
-    run_under = {run.text for rank in here for run in runs_of(strategy, settings, rank)}
+    return [run for rank in here for run in runs_of(strategy, settings, rank)]
+
+
+def texts_of(runs: Sequence[Run]) -> list[str]:
+    """The texts ("cond", "uncond") of these runs: each rank encodes only its own."""
+    run_under = {run.text for run in runs}
     return [text for text in ("cond", "uncond") if text in run_under or "both" in run_under]
-
-
-def names_held(
-    checkpoint: Checkpoint, strategy: Strategy, settings: Settings, cuts: tuple, transport: Transport
-) -> tuple[str, ...] | None:
-    """How the names of the denoiser's parameters begin that this process has any use for; None for all."""
-    if transport.world == 1:
-        return None
-    return weights_needed(checkpoint.part("denoiser").module, cuts, runs_of(strategy, settings, transport.rank % strategy.ranks))
 
 
 def agree(transport: Transport, problem: str | None) -> None:
@@ -224,12 +218,17 @@ def generate(
     now, transport.doing = time.perf_counter(), "text"
     size = (request.height, request.width)
     settings = Settings(request.steps, request.rule, request.reuse)
-    texts, problem = texts_of(strategy, settings, transport), None
+    runs, problem = runs_here(strategy, settings, transport), None
+
+    def names_held(cuts: tuple) -> tuple[str, ...] | None:
+        """How the names of the denoiser's parameters begin that this process has any use for; None for all."""
+        return None if transport.world == 1 else weights_needed(checkpoint.part("denoiser").module, cuts, runs)
+
     try:
-        conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
+        conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts_of(runs))
         now, transport.doing = clock("text", now), "load"
         cuts = strategy.cuts(checkpoint.part("denoiser").module)
-        held = None if request.balance else names_held(checkpoint, strategy, settings, cuts, transport)
+        held = None if request.balance else names_held(cuts)
         denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
         now = clock("load", now)
     except (UsageError, WeightsError) as error:
@@ -242,8 +241,7 @@ def generate(
     if request.balance:
         times = transport.gather(unit_times(task))
         cuts = transport.gather(balanced(denoiser, times))[0]  # rank 0's, so that the ranks cannot disagree
-        held = names_held(checkpoint, strategy, settings, cuts, transport)
-        denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
+        denoiser = checkpoint.load("denoiser", request.dtype, device, names=names_held(cuts))
         task = replace(task, denoiser=denoiser, cuts=cuts)
         clock("balance", now)
     weights = sum(p.numel() * p.element_size() for p in denoiser.state_dict().values() if not p.is_meta)
