@@ -139,18 +139,19 @@ def accuracy(lesson: Lesson, folder: Path, count: int = 512) -> dict[str, list[f
             for number, question in enumerate(ANSWERS)}
 
 
-def train_text_encoders(encoders: TextEncoders, folder: Path, out: Path, device: torch.device) -> None:
+def train_text_encoders(encoders: TextEncoders, folder: Path, out: Path, device: torch.device, compiled: bool) -> None:
     """Trains (or resumes, or just loads) the encoders in place and freezes them; `folder` holds the tokenizers."""
     torch.manual_seed(0)
     lesson = Lesson(encoders).to(device)
     run = Run(lesson, PLAN, out / "text-encoders.safetensors")
+    answer = torch.compile(lesson) if compiled else lesson
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
         numbers = torch.randint(2**31, (PLAN.batch,), generator=generator).tolist()
         right = torch.tensor([truth(sample("train", number)[0]) for number in numbers], device=device)
         ids = tokens([said("train", number) for number in numbers], folder).to(device)
         with half_precision(device), attention(device):
-            logits = lesson(ids)
+            logits = answer(ids)
         return sum(F.cross_entropy(of_question.float(), right[:, number])
                    for of_source in logits for number, of_question in enumerate(of_source)) / len(logits) / len(ANSWERS)
 

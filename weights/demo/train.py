@@ -4,8 +4,9 @@
     python -m weights.demo.train --family sd3 --out DIR
 
 Everything on the way (states, latents, sample sheets) goes to DIR; run the same command again after a kill and it goes
-on from the last state. `--export` only writes the checkpoint from the state that there is. Beside the checkpoint lies
-demo-FAMILY.training.json: steps, minutes and the loss of every stage.
+on from the last state. `--export` only writes the checkpoint from the state that there is. `--begin-with FILE` takes all
+but the last stage from a checkpoint. Beside the new checkpoint lies demo-FAMILY.training.json: steps, minutes and the loss
+of every stage.
 """
 
 import argparse
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from models.autoencoder import Autoencoder
 from weights.demo import tokenizers
 from weights.demo.checker import compare, shares
-from weights.demo.denoisers import FAMILIES, cells
+from weights.demo.denoisers import FAMILIES, SD3Demo, SDXLDemo, cells
 from weights.demo.export import export
 from weights.demo.loop import Plan, Run, attention, half_precision, record
 from weights.demo.scenes import sample
 from weights.demo.text_encoders import TextEncoders, said, tokens, train_text_encoders
 from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
+from weights.demo.train_vae import psnr as autoencoder_psnr
+from weights.load import Checkpoint, open_checkpoint
 
 HERE = Path(__file__).parent
 PLANS = {  # the last one's model is exported
@@ -62,6 +65,15 @@ def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: 
     run.fit(loss_of, show, show_every=1000)
 
 
+def begun(family: str, encoders: TextEncoders, given: Checkpoint) -> nn.Module:
+    """The family's model with the denoiser of a checkpoint, ready for the last stage."""
+    denoiser = given.load("denoiser", torch.float32)
+    coarse = family == "sd3" and denoiser.config.patch == 2
+    model = SD3Demo(encoders, denoiser.config.patch) if family == "sd3" else SDXLDemo(encoders)
+    model.denoiser.load_state_dict(denoiser.state_dict())
+    return model.refined() if coarse else model
+
+
 def main() -> None:
     """Runs the stages in order; each is skipped where its result is already there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +84,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vae-steps", type=int, help="instead of the planned number")
     parser.add_argument("--steps", type=int, help="instead of the planned number, for the denoiser")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: 1.5x on a CPU with a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks: 1.5x on a CPU with a C++ compiler")
+    parser.add_argument("--begin-with", type=Path, metavar="FILE", help="a checkpoint of the family, of which only the last stage is trained on")
     parser.add_argument("--export", action="store_true", help="write the checkpoint from the last state and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -84,14 +97,24 @@ def main() -> None:
     torch.manual_seed(1)
     vocabulary = len(json.loads((options.weights / "vocab.json").read_text()))
     encoders = TextEncoders(vocabulary, tokenizers.t5_size(options.weights / "spiece.model"))
-    train_text_encoders(encoders, options.weights, out, device)
-    autoencoder, psnr = train_autoencoder(options.family, out, device, options.vae_steps)
+    plans, stages = PLANS[options.family], []
+    if options.begin_with:
+        given = open_checkpoint(str(options.begin_with))
+        for name in {"clip_l", "clip_g", "t5"} & {*given.parts}:
+            setattr(encoders, name, given.load(name, torch.float32, device))
+        encoders.requires_grad_(False)
+        autoencoder = given.load("vae", torch.float32, device)
+        psnr, plans = autoencoder_psnr(autoencoder), dict([list(plans.items())[-1]])
+    else:
+        stages += ["text-encoders", f"{options.family}-vae"]
+        train_text_encoders(encoders, options.weights, out, device, options.compile)
+        autoencoder, psnr = train_autoencoder(options.family, out, device, options.vae_steps)
     latents, scaling, shift = latent_cache(options.family, autoencoder, out)
     print(f"autoencoder PSNR {psnr:.2f} dB, scaling {scaling}, shift {shift}, latents {tuple(latents.shape)}", flush=True)
 
     torch.manual_seed(2)
-    model = FAMILIES[options.family](encoders)
-    for number, (name, plan) in enumerate(PLANS[options.family].items()):
+    model = begun(options.family, encoders, given) if options.begin_with else FAMILIES[options.family](encoders)
+    for number, (name, plan) in enumerate(plans.items()):
         model = (model.refined() if number else model).to(device)
         plan = replace(plan, steps=options.steps or plan.steps)
         run = Run(model.reading, plan, out / f"{options.family}-{name}.safetensors")
@@ -100,7 +123,7 @@ def main() -> None:
             train_denoiser(model, run, autoencoder, (latents, scaling, shift), options)
         run.use_average()
     path = export(options.family, model, autoencoder, scaling, shift, options.weights)
-    stages = ["text-encoders", f"{options.family}-vae", *(f"{options.family}-{name}" for name in PLANS[options.family])]
+    stages += [f"{options.family}-{name}" for name in plans]
     told = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": options.device, "compiled": options.compile,
             "autoencoder PSNR": round(psnr, 2), "stages": {stage: record(out / f"{stage}.safetensors") for stage in stages}}  # fmt: skip
     path.with_suffix(".training.json").write_text(json.dumps(told) + "\n")

@@ -1,0 +1,77 @@
+"""The demo training: a run that was killed goes on as if it had not been, and a checkpoint can be trained on."""
+
+import pytest
+import torch
+from torch import nn
+
+from weights.demo import loop
+from weights.demo.denoisers import FAMILIES
+from weights.demo.loop import Plan, Run
+from weights.demo.text_encoders import TextEncoders
+from weights.demo.train import begun
+from weights.load import open_checkpoint
+
+PLAN = Plan(steps=12, batch=4, rate=1e-2, warmup=2, report_every=3, save_seconds=0.0)  # saves after every step
+
+
+class Killed(Exception):
+    """Stands for the kill."""
+
+
+def run_in(folder, model_seed: int = 0) -> Run:
+    torch.manual_seed(model_seed)
+    return Run(nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1)), PLAN, folder / "run.safetensors")
+
+
+def fit(run: Run, killed_at: int | None = None) -> None:
+    def loss_of(generator: torch.Generator, step: int) -> torch.Tensor:
+        if step == killed_at:
+            raise Killed
+        x = torch.randn(PLAN.batch, 3, generator=generator)
+        return (run.model(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    run.fit(loss_of)
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 5, 11])
+def test_killed_run_goes_on(tmp_path, killed_at):
+    """Equal: weights, moving average and the steps of the curve, whatever the step it was killed at."""
+    (tmp_path / "whole").mkdir()
+    whole = run_in(tmp_path / "whole")
+    fit(whole)
+    with pytest.raises(Killed):
+        fit(run_in(tmp_path), killed_at)
+    resumed = run_in(tmp_path, model_seed=1 if killed_at else 0)  # what it begins with does not matter once a state is there
+    assert resumed.step == killed_at
+    fit(resumed)
+    for name, weight in whole.trained.items():
+        assert torch.equal(weight, resumed.trained[name]) and torch.equal(whole.average[name], resumed.average[name])
+    assert [step for step, _ in resumed.curve] == [3, 6, 9, 12]
+    assert loop.record(tmp_path / "run.safetensors")["steps"] == 12
+
+
+def test_killed_while_it_saves(tmp_path, monkeypatch):
+    """Equal: the state on disk is the one before."""
+    with pytest.raises(Killed):
+        fit(run_in(tmp_path), killed_at=4)
+    before = (tmp_path / "run.safetensors").read_bytes()
+
+    def half(tensors: dict, path, metadata: dict) -> None:
+        path.write_bytes(before[: len(before) // 2])
+        raise Killed
+
+    monkeypatch.setattr(loop, "save_file", half)
+    with pytest.raises(Killed):
+        fit(run_in(tmp_path))
+    assert (tmp_path / "run.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_training_begins_with_a_checkpoint(family):
+    """Equal: the denoiser is the checkpoint's; one with patches of two latents becomes one with single latents."""
+    given = open_checkpoint(f"demo-{family}")
+    model = begun(family, TextEncoders(100, 100), given)
+    kept, state = given.load("denoiser", torch.float32).state_dict(), model.denoiser.state_dict()
+    resized = ("pos_embed", "x_embedder.", "final_layer.linear.") if family == "sd3" else ()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in state.items() if not name.startswith(resized))
+    assert family == "sdxl" or model.denoiser.config.patch == 1
