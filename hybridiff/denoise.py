@@ -87,10 +87,13 @@ class Worker:
         self.last: Last = None
         self.store: dict[Value, Any] = {}
         self.older: dict[Value, Any] = {}  # the result before the one in the store, of what may be extrapolated
+        self.oldest: Tensor | None = None  # the guided prediction before that
 
     def keep(self, value: Value, result: Any) -> None:
         """Put a result into the store."""
         if value in self.store and value.what in ("prediction", "inner", "guided"):
+            if value == GUIDED:
+                self.oldest = self.older.get(value)
             self.older[value] = self.store[value]
         self.store[value] = result
 
@@ -99,7 +102,12 @@ class Worker:
         last = self.store[value]
         if len(made) == 1:
             return last
-        old, ratio = self.older[value], (i - made[1]) / (made[1] - made[0])
+        (*before, a, b), old = made, self.older[value]
+        if before:
+            missed = old + (b - a) / (a - before[0]) * (old - self.oldest) - last
+            if missed.norm() > (last - old).norm():
+                return last
+        ratio = (i - b) / (b - a)
         if isinstance(last, Tensor):
             return (last.float() + ratio * (last.float() - old.float())).to(last.dtype)
         return type(last)(*((b.float() + ratio * (b.float() - a.float())).to(b.dtype) for a, b in zip(old, last)))

@@ -152,8 +152,9 @@ class Measure:
 class Extrapolate:
     """Continue a value along the line through its last two results to this step; leaves ahead(value).
 
-    `made` says which steps' latents the two results belong to, the older first: with results v0, v1 of steps a, b and this step i,
-    v1 + (i - b) / (b - a) * (v1 - v0). With one step in `made` the last result is taken as it is.
+    `made` says which steps' latents the results belong to, the oldest first: with results v1, v2 of steps a, b and this step i,
+    v2 + (i - b) / (b - a) * (v2 - v1). With one step in `made` the last result is taken as it is. With a third in front the line is tried
+    first: where the one through v0 and v1 would have missed v2 by more than |v2 - v1|, the last result is taken as it is.
     """
 
     value: Value

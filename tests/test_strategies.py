@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from hybridiff.denoise import Worker
+from hybridiff.schedule import GUIDED
 from hybridiff.strategies import Reuse, strategies
 from hybridiff.switching import SwitchRule
+from hybridiff.transport import Mailbox
 from tests.tiny import make_task, run, run_on_ranks
 
 EARLY = SwitchRule(window=3, slope=1.0, cap=6, interval=4)  # by slope, as soon as the curve falls
@@ -204,8 +207,10 @@ def by_hand(family: str, strategy: str, task, latents):
         cond, uncond = predictions["cond", i], predictions["uncond", i]
         guided[i] = uncond + task.guidance * (cond - uncond)
         if strategy == "step-extrapolation" and i in (4, 6):
-            a, b = {4: (2, 3), 6: (3, 5)}[i]
-            guided[i] = guided[b] + (i - b) / (b - a) * (guided[b] - guided[a])
+            before, a, b = {4: (1, 2, 3), 6: (2, 3, 5)}[i]
+            expected = guided[a] + (b - a) / (a - before) * (guided[a] - guided[before])
+            fits = (expected - guided[b]).norm() <= (guided[b] - guided[a]).norm()
+            guided[i] = guided[b] + fits * (i - b) / (b - a) * (guided[b] - guided[a])
     return guided
 
 
@@ -222,3 +227,13 @@ def test_our_formulas(family, strategy):
         for i in range(1, 7):
             expected = task.sampler.step(played[i - 1], guided[i], i)
             torch.testing.assert_close(played[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("last", "expected"), [(5.0, 7.0), (2.9, 2.9)])
+def test_line_only_where_it_would_have_fit(last, expected):
+    """Equal: guided predictions 1, 3 and `last` of steps 1, 2, 3; where 1, 3 point too far from `last`, step 4 takes it again."""
+    worker = Worker(0, make_task("sd3", 8), Mailbox())
+    for value in (1.0, 3.0, last):
+        worker.keep(GUIDED, torch.tensor([value]))
+    assert worker.extrapolate(GUIDED, (1, 2, 3), 4).item() == torch.tensor(expected).item()
+    assert worker.extrapolate(GUIDED, (2, 3), 4).item() == pytest.approx(2 * last - 3.0)

@@ -5,7 +5,7 @@ from typing import Sequence
 from hybridiff.schedule import Extrapolate, Operation, Run, StepPlan, ahead, entry, inner
 from hybridiff.strategies.condition import guided_step
 from hybridiff.strategies.settings import Settings
-from hybridiff.strategies.step_extrapolation import last_two, stage_of
+from hybridiff.strategies.step_extrapolation import last_full, stage_of
 
 
 def in_parts(text: str) -> list[Operation]:
@@ -24,7 +24,7 @@ def inner_reuse(step: int, history: Sequence[float | None], settings: Settings) 
     def branch(text: str) -> list[Operation]:
         if step not in reused:
             return in_parts(text)
-        continued = Extrapolate(inner(text), last_two(step, reused))
+        continued = Extrapolate(inner(text), last_full(step, reused, 2))
         return [Run("entry", text), continued, Run("exit", text, ahead(inner(text)))]
 
     return StepPlan(stage_of(step, reused), guided_step([branch("uncond"), branch("cond")], tell=False))

@@ -16,9 +16,9 @@ def stage_of(step: int, reused: Sequence[int]) -> Stage:
     return "parallelism" if step <= reused[-1] else "fully-connecting"
 
 
-def last_two(step: int, reused: Sequence[int]) -> tuple[int, ...]:
-    """The last two steps before this one that were computed in full."""
-    return tuple(s for s in range(step) if s not in reused)[-2:]
+def last_full(step: int, reused: Sequence[int], count: int) -> tuple[int, ...]:
+    """The last steps before this one that were computed in full, at most `count` of them."""
+    return tuple(s for s in range(step) if s not in reused)[-count:]
 
 
 def step_extrapolation(
@@ -27,10 +27,12 @@ def step_extrapolation(
     """Condition partitioning, but a few steps, evenly spread, cost nothing and move nothing.
 
     With the guided predictions g_a, g_b of the last two computed steps a < b, a skipped step i takes
-    g_i = g_b + (i - b) / (b - a) * (g_b - g_a) and lets the sampler step along it.
+    g_i = g_b + (i - b) / (b - a) * (g_b - g_a) and lets the sampler step along it. Where the predictions do not lie on lines, which
+    long strides and strong guidance bring about, it takes g_i = g_b: if the line through the two steps before b would have missed
+    g_b by more than |g_b - g_a|. All ranks hold the same predictions, so that they agree without a message.
     """
     reused = settings.reuse.spread(settings.steps)
     if step in reused:
-        skip = Extrapolate(GUIDED, last_two(step, reused)), Step(ahead(GUIDED))
+        skip = Extrapolate(GUIDED, last_full(step, reused, 3)), Step(ahead(GUIDED))
         return StepPlan("parallelism", (skip,) * ranks)
     return StepPlan(stage_of(step, reused), guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))
