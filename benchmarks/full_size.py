@@ -51,6 +51,20 @@ def fill(net: nn.Module) -> None:
             piece.copy_(block[: piece.numel()] * scale)
 
 
+def map_weights(net: nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Makes the network's tensors views of a file, so that ranks share its memory; the first to come fills it (`fill`)."""
+    new, places, total = not path.exists(), {}, 0
+    for name, tensor in net.state_dict().items():
+        places[name] = total
+        total += -(-tensor.numel() // 64) * 64  # each begins at a whole cache line
+    flat = torch.from_file(str(path), shared=True, size=total, dtype=dtype)
+    views = {name: flat[places[name] :][: tensor.numel()].view(tensor.shape) for name, tensor in net.state_dict().items()}
+    net.load_state_dict(views, assign=True)
+    if new:
+        with torch.no_grad():
+            fill(net)
+
+
 def texts(family: str, config: UNetConfig | MMDiTConfig, size: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """"cond" and "uncond" -> random text (1, L, context width) and pooled text (1, width)."""
     generator = torch.Generator().manual_seed(SEED)
@@ -60,17 +74,20 @@ def texts(family: str, config: UNetConfig | MMDiTConfig, size: int, dtype: torch
 
 
 def make_task(
-    family: str, size: int, steps: int, dtype: torch.dtype, tiny: bool = False, device: torch.device | str = "meta"
-) -> Task:
+    family: str, size: int, steps: int, dtype: torch.dtype, tiny: bool = False, device: torch.device | str = "meta",
+    weights: str | None = None
+) -> Task:  # fmt: skip
     """A picture of size x size pixels in `steps` steps by the family's default sampler; the same task in every process.
 
-    On the meta device there are only shapes and dtypes, elsewhere weights and texts are random.
+    On the meta device there are only shapes and dtypes, elsewhere weights and texts are random. With `weights` they lie in that file.
     """
     config = (TINY if tiny else FULL)[family]
     with torch.device("meta"):
         net = (UNet if family == "sdxl" else MMDiT)(config).to(dtype)
     net.eval().requires_grad_(False)
-    if torch.device(device).type != "meta":
+    if weights:
+        map_weights(net, Path(weights), dtype)
+    elif torch.device(device).type != "meta":
         net = net.to_empty(device="cpu")
         fill(net)
     told = texts(family, config, size, dtype)

@@ -1,7 +1,7 @@
 """Speed of whole runs against the schedule's arithmetic: `python benchmarks/speed.py --json FILE`.
 
 The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights on the CPU, in bf16 where
-it has instructions for that, else in fp32 (twice the memory), one thread a rank. Rows:
+it has instructions for that, else in fp32 (10 GB for SDXL, which the ranks share as a file in the temporary folder), one thread a rank. Rows:
 `serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, the presets `balanced` and `fast`, `paper-K` (K pipelined
 steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
 Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -95,7 +96,7 @@ class Results:
 
 def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """"1 rank busy" and "2 ranks busy" -> seconds of each part; of two ranks the mean."""
-    where = {"family": family, "size": size, "steps": 1, "tiny": args.tiny}
+    where = {"family": family, "size": size, "steps": 1, "tiny": args.tiny, "weights": str(args.folder / family)}
 
     def measure() -> dict:
         busy = {}
@@ -116,7 +117,7 @@ def measure_row(results: Results, family: str, size: int, row: str, parts: dict,
         ranks = 1 if row in ("serial", "batched", "diffusers") else 2
         busy = parts["1 rank busy" if ranks == 1 else "2 ranks busy"]
         steps = steps_of(family, row, args.steps, parts["2 ranks busy"])
-        where = {"family": family, "size": size, "steps": steps, "tiny": args.tiny}
+        where = {"family": family, "size": size, "steps": steps, "tiny": args.tiny, "weights": str(args.folder / family)}
         plans = plans_of(family, row, steps)
         if row == "diffusers":
             each = on_ranks(1, where, "diffusers")
@@ -236,6 +237,14 @@ def main() -> int:
         print(f"{args.json} cannot be continued ({problem}): give another --json file.", file=sys.stderr)
         return 2
     print(in_words(conditions))
+    with tempfile.TemporaryDirectory() as folder:  # of the weights
+        args.folder = Path(folder)
+        measure_all(results, args)
+    return 0
+
+
+def measure_all(results: Results, args: argparse.Namespace) -> None:
+    """Measures and prints what was asked for, family by family."""
     for family in args.family:
         size = args.size or SIZES[family]
         wanted = sorted({*args.part_sizes, *([size] if args.rows else [])})
@@ -253,7 +262,6 @@ def main() -> int:
             results.keep(f"{family} {side} {args.steps} steps PREDICTED for two CUDA devices", predicted[side])
         if predicted:
             print(f"\n## {family}: {args.steps} steps on two CUDA devices\n\n{show_prediction(predicted)}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

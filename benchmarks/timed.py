@@ -63,7 +63,7 @@ def time_run(task: Task, transport: Transport, strategy: Strategy, settings: Set
 
 
 def on_rank(rank: int, ranks: int, port: int, folder: str, where: dict, work: str, details: dict) -> None:
-    """Body of a rank. `where`: family, size, steps, tiny; `work`: "parts", "run" or "diffusers"."""
+    """Body of a rank. `where`: family, size, steps, tiny, weights; `work`: "parts", "run" or "diffusers"."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     task = make_task(dtype=CPU_DTYPE, device="cpu", **where)
@@ -80,7 +80,9 @@ def on_rank(rank: int, ranks: int, port: int, folder: str, where: dict, work: st
 
 
 def on_ranks(ranks: int, where: dict, work: str, **details: object) -> list[dict]:
-    """The results of all ranks, from processes of their own."""
+    """The results of all ranks, from processes of their own, which share the memory of the weights."""
+    if not Path(where["weights"]).exists():
+        make_task(dtype=CPU_DTYPE, device="cpu", **where)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_rank, (ranks, free_port(1), folder, where, work, details), nprocs=ranks)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]

@@ -18,7 +18,7 @@ from weights.demo.scenes import COLOURS, REACH, SHAPES, Scene
 from weights.demo.text_encoders import TextEncoders
 
 SIDE = 128
-READING = 0.1  # weight of the reading in the loss
+READING = {"sdxl": 0.1, "sd3": 0.25}  # weight of the reading in the loss
 UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
         "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
 MMDIT = {"width": 192, "depth": 6, "heads": 3, "context_width": 256, "pooled_width": 256, "qk_norm": True}
@@ -104,7 +104,7 @@ class SDXLDemo(nn.Module):
         snr = a / (1 - a)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         weight = snr.clamp(max=5) / snr * snr.clamp(max=1) ** -0.5
-        return (error * weight).mean() + READING * reading_error(read, scenes)
+        return (error * weight).mean() + READING["sdxl"] * reading_error(read, scenes)
 
     @torch.no_grad()
     def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
@@ -179,7 +179,7 @@ class SD3Demo(nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = (1 - s)[:, None, None, None] * latents + s[:, None, None, None] * noise
         predicted, read = predict(noisy, 1000 * s, self.condition(ids, keep_t5))
-        return (predicted.float() - (noise - latents)).square().mean() + READING * reading_error(read, scenes)
+        return (predicted.float() - (noise - latents)).square().mean() + READING["sd3"] * reading_error(read, scenes)
 
     @torch.no_grad()
     def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
