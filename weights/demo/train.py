@@ -27,7 +27,7 @@ from weights.demo.scenes import sample
 from weights.demo.text_encoders import TextEncoders, said, tokens, train_text_encoders
 from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
 from weights.demo.train_vae import psnr as autoencoder_psnr
-from weights.load import Checkpoint, open_checkpoint
+from weights.load import Checkpoint, WeightsError, open_checkpoint
 
 HERE = Path(__file__).parent
 PLANS = {  # the last one's model is exported
@@ -99,7 +99,12 @@ def main() -> None:
     encoders = TextEncoders(vocabulary, tokenizers.t5_size(options.weights / "spiece.model"))
     plans, stages = PLANS[options.family], []
     if options.begin_with:
-        given = open_checkpoint(str(options.begin_with))
+        try:
+            given = open_checkpoint(str(options.begin_with))
+        except WeightsError as problem:
+            parser.error(str(problem))
+        if given.family != options.family:
+            parser.error(f"--begin-with {options.begin_with} is of family {given.family}: give one of family {options.family}.")
         for name in {"clip_l", "clip_g", "t5"} & {*given.parts}:
             setattr(encoders, name, given.load(name, torch.float32, device))
         encoders.requires_grad_(False)
