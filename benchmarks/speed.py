@@ -117,20 +117,22 @@ def measure_row(results: Results, family: str, size: int, row: str, parts: dict,
         ranks = 1 if row in ("serial", "batched", "diffusers") else 2
         busy = parts["1 rank busy" if ranks == 1 else "2 ranks busy"]
         steps = steps_of(family, row, args.steps, parts["2 ranks busy"])
-        where = {"family": family, "size": size, "steps": steps, "tiny": args.tiny, "weights": str(args.folder / family)}
         plans = plans_of(family, row, steps)
+        alike = len(set(plans)) == 1  # every step does the same work, so that some stand for all
+        run = min(steps, args.alike) if alike and args.alike else steps
+        where = {"family": family, "size": size, "steps": run, "tiny": args.tiny, "weights": str(args.folder / family)}
         if row == "diffusers":
             each = on_ranks(1, where, "diffusers")
         else:
-            strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, steps)
+            strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, run)
             each = on_ranks(ranks, where, "run", strategy=strategy, settings=settings)
         if not all(result["finite"] for result in each):
             raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing and are not kept.")
         by_ideal = None if row == "diffusers" else ideal(plans, busy)
         return {
-            "ranks": ranks, "steps": steps, "total": max(result["total"] for result in each),
-            "medians": max(by_medians(result["seconds"], plans) for result in each), "ideal": by_ideal,
-            "bytes": each[0]["bytes"], "seconds of each step": [result["seconds"] for result in each],
+            "ranks": ranks, "steps": steps, "steps run": run, "total": max(result["total"] for result in each) * steps / run,
+            "medians": max(by_medians(result["seconds"], plans[:run]) for result in each) * steps / run, "ideal": by_ideal,
+            "bytes": {kind: count * steps // run for kind, count in each[0]["bytes"].items()}, "seconds of each step": [result["seconds"] for result in each],
             **({"distance from our prediction": each[0]["difference"]} if row == "diffusers" else {}),
         }  # fmt: skip
 
@@ -162,7 +164,8 @@ def show_rows(rows: dict[str, dict]) -> str:
         above = [None if r["ideal"] is None else r[which] / r["ideal"] for which in ("total", "medians")]
         faster = None if baseline is None else baseline / r["total"]
         seconds = [r[which] for which in ("total", "medians", "ideal")]
-        lines.append([name, r["ranks"], r["steps"], *seconds, *above, faster, sum(r["bytes"].values())])
+        told = str(r["steps"]) if r["steps run"] == r["steps"] else f"{r['steps']}, of {r['steps run']} measured"
+        lines.append([name, r["ranks"], told, *seconds, *above, faster, sum(r["bytes"].values())])
     header = ["row", "ranks", "steps", "measured, s", "by medians, s", "ideal, s", "measured / ideal", "by medians / ideal",
               "speed-up", "bytes"]  # fmt: skip
     text = table(header, lines)
@@ -203,6 +206,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--size", type=int, help="pixels a side of the whole runs; default 512 for sdxl, 256 for sd3")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--alike", type=int, metavar="N", help="of rows whose steps all do the same work, run N and multiply")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--part-sizes", nargs="*", type=int, default=[256, 512, 1024], metavar="SIZE")
     parser.add_argument("--repeats", type=int, default=5, help="of every part")
@@ -214,8 +218,8 @@ def arguments() -> argparse.Namespace:
     for size in (*args.part_sizes, *args.cuda, *([] if args.size is None else [args.size])):
         if size < 32 or size % 32 or size > 3072:
             parser.error(f"a side of {size} pixels does not fit the networks: give a multiple of 32 from 32 to 3072.")
-    if not 2 <= args.steps < 1000 or args.repeats < 1:
-        parser.error("give 2 to 999 --steps and at least one of --repeats.")
+    if not 2 <= args.steps < 1000 or args.repeats < 1 or (args.alike is not None and args.alike < 1):
+        parser.error("give 2 to 999 --steps and at least one of --repeats and --alike.")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist; make it or give another.")
     if args.cuda and not torch.cuda.is_available():
@@ -227,7 +231,7 @@ def main() -> int:
     args = arguments()
     conditions = machine() | {
         "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": f"{CPU_DTYPE} on the CPU".removeprefix("torch."),
-        "threads a rank": 1, "repeats of a part": args.repeats, "switch": "by the cap",
+        "threads a rank": 1, "steps run of rows whose steps are alike": args.alike or "all", "repeats of a part": args.repeats, "switch": "by the cap",
     }  # fmt: skip
     if torch.cuda.is_available():
         conditions["CUDA device"] = f"{torch.cuda.get_device_name()}, float16"

@@ -60,6 +60,19 @@ def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
     assert ran.returncode == 2 and "other conditions" in ran.stderr and "Traceback" not in ran.stderr
 
 
+def test_some_steps_stand_for_all_where_they_are_alike(tmp_path):
+    """`condition` runs two of nine steps and multiplies; `paper`, whose steps differ, runs whole; bytes `equal` to the schedule's."""
+    options = "--tiny", "--family", "sdxl", "--size", 64, "--steps", 9, "--part-sizes", "--repeats", 1, "--alike", 2
+    ran = script("speed.py", *options, "--json", tmp_path / "speed.json", "--rows", "condition", "paper-5")
+    assert ran.returncode == 0 and "| condition | 2 | 9, of 2 measured |" in ran.stdout, ran.stderr
+    results = json.loads((tmp_path / "speed.json").read_text())["results"]
+    for row, run in (("condition", 2), ("paper-5", 9)):
+        result = results[f"sdxl 64 9 steps {row}"]
+        assert [len(seconds) for seconds in result["seconds of each step"]] == [run] * 2
+        assert result["total"] >= 9 / run * sum(result["seconds of each step"][0])
+        assert result["bytes"] == dict(total_bytes(plans_of("sdxl", row, 9), make_task("sdxl", 64, 9, CPU_DTYPE, True)))
+
+
 def test_medians_are_taken_within_equal_steps():
     """By hand: four equal steps of median 2.5, and one of another kind."""
     plans = plans_of("sdxl", "condition", 2) * 2 + plans_of("sdxl", "serial", 1)

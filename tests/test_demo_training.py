@@ -9,6 +9,7 @@ from weights.demo.denoisers import FAMILIES
 from weights.demo.loop import Plan, Run
 from weights.demo.text_encoders import TextEncoders
 from weights.demo.train import begun
+from weights.demo.train_vae import Weights, autoencoder_loss
 from weights.load import open_checkpoint
 
 PLAN = Plan(steps=12, batch=4, rate=1e-2, warmup=2, report_every=3, save_seconds=0.0)  # saves after every step
@@ -75,3 +76,25 @@ def test_training_begins_with_a_checkpoint(family):
     resized = ("pos_embed", "x_embedder.", "final_layer.linear.") if family == "sd3" else ()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in state.items() if not name.startswith(resized))
     assert family == "sdxl" or model.denoiser.config.patch == 1
+
+
+class Nearest:
+    """An autoencoder that can be followed by hand: the latents are every second pixel, the pictures those enlarged; no posterior noise."""
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = images[:, :, ::2, ::2]
+        return mean, torch.full_like(mean, -30.0)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_autoencoder_loss_by_hand(halved):
+    """One colour costs nothing; a chessboard of squares of two pixels its fast changes, and halved, where its latents cancel, its error too."""
+    noise = torch.zeros(1, 1, 4, 4)
+    assert autoencoder_loss(Nearest(), torch.ones(1, 1, 8, 8), noise, Weights(0.0, 0.5), halved) == 0
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2).repeat_interleave(2, 0).repeat_interleave(2, 1)[None, None]
+    loss = autoencoder_loss(Nearest(), board, noise, Weights(kl=0.0, fast=0.5), halved)
+    edges = 2 + 2  # between neighbours of a halved picture, which is a chessboard of single pixels
+    assert loss.item() == pytest.approx(0.5 + (1 + 1 + edges if halved else 0))
