@@ -11,6 +11,7 @@ from weights.demo.denoisers import MMDIT, SIDE, UNET
 from weights.demo.loop import write_safetensors
 from weights.demo.text_encoders import CLIP_SIZES, LENGTH, T5_SIZES
 
+GUIDANCE = {"sdxl": 5.0, "sd3": 3.0}
 PROMPT = "a large red circle left of a small blue square on a yellow background"
 TO_OPENCLIP = (  # transformers naming -> OpenCLIP naming, for what is more than a prefix (see `openclip`)
     ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
@@ -67,7 +68,7 @@ def config(family: str, vae_groups: int, scaling: float, shift: float) -> dict:
         "vae": {"groups": vae_groups, "scaling": scaling, "shift": shift},
         "clip_l": {"head_width": clip_heads, "activation": "quick_gelu"},
         "clip_g": {"head_width": clip_heads, "activation": "gelu"},
-        "defaults": {"prompt": PROMPT, "height": SIDE, "width": SIDE, "guidance": 5.0},
+        "defaults": {"prompt": PROMPT, "height": SIDE, "width": SIDE, "guidance": GUIDANCE[family]},
     }
 
 

@@ -32,7 +32,7 @@ from weights.load import Checkpoint, WeightsError, open_checkpoint
 HERE = Path(__file__).parent
 PLANS = {  # the last one's model is exported
     "sdxl": {"denoiser": Plan(steps=20000, batch=32, rate=6e-4)},
-    "sd3": {"coarse": Plan(steps=4400, batch=16, rate=1e-3, warmup=300), "denoiser": Plan(steps=10000, batch=16, rate=5e-4)},
+    "sd3": {"coarse": Plan(steps=6200, batch=16, rate=1e-3, warmup=300), "denoiser": Plan(steps=10000, batch=16, rate=8e-4)},
 }
 
 
