@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from weights.demo import loop
-from weights.demo.denoisers import FAMILIES
+from weights.demo.denoisers import FAMILIES, SD3Demo
 from weights.demo.loop import Plan, Run
 from weights.demo.text_encoders import TextEncoders
 from weights.demo.train import begun
@@ -69,13 +69,27 @@ def test_killed_while_it_saves(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_training_begins_with_a_checkpoint(family):
-    """Equal: the denoiser is the checkpoint's; one with patches of two latents becomes one with single latents."""
+    """Equal: the denoiser is the checkpoint's."""
     given = open_checkpoint(f"demo-{family}")
-    model = begun(family, TextEncoders(100, 100), given)
-    kept, state = given.load("denoiser", torch.float32).state_dict(), model.denoiser.state_dict()
-    resized = ("pos_embed", "x_embedder.", "final_layer.linear.") if family == "sd3" else ()
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in state.items() if not name.startswith(resized))
-    assert family == "sdxl" or model.denoiser.config.patch == 1
+    kept, state = given.load("denoiser", torch.float32).state_dict(), begun(family, TextEncoders(100, 100), given).denoiser.state_dict()
+    assert state.keys() == kept.keys() and all(torch.equal(tensor, kept[name]) for name, tensor in state.items())
+
+
+def test_single_latents_begin_where_patches_stand():
+    """Close: a patch of four equal latents is read as each of them is, and what was written for the four is written as their mean.
+    Equal: all that lies between."""
+    torch.manual_seed(0)
+    coarse = SD3Demo(TextEncoders(100, 100), patch=2)
+    nn.init.normal_(coarse.denoiser.final_layer.linear.weight)
+    fine = coarse.refined()
+    latent, states = torch.randn(1, 16, 1, 1), torch.randn(1, coarse.denoiser.config.width)
+    embedded = [model.denoiser.x_embedder.proj(latent.expand(1, 16, side, side)) for model, side in ((coarse, 2), (fine, 1))]
+    torch.testing.assert_close(*embedded)
+    written = [model.denoiser.final_layer.linear(states) for model in (coarse, fine)]
+    torch.testing.assert_close(written[0].unflatten(1, (4, 16)).mean(dim=1), written[1])
+    resized = ("pos_embed", "x_embedder.", "final_layer.linear.")
+    between = [{name: tensor for name, tensor in model.denoiser.state_dict().items() if not name.startswith(resized)} for model in (coarse, fine)]
+    assert all(torch.equal(tensor, between[1][name]) for name, tensor in between[0].items())
 
 
 class Nearest:

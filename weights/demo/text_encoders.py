@@ -17,7 +17,7 @@ from torch import LongTensor, Tensor, nn
 from models.clip import CLIPConfig, CLIPText
 from models.t5 import T5Config, T5Encoder
 from models.tokenizers import CLIPTokenizer, T5Tokenizer
-from weights.demo.loop import Plan, Run, attention, half_precision
+from weights.demo.loop import Plan, Run, half_precision
 from weights.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, hint, sample
 
 LENGTH = 24  # positions of every text encoder
@@ -150,7 +150,7 @@ def train_text_encoders(encoders: TextEncoders, folder: Path, out: Path, device:
         numbers = torch.randint(2**31, (PLAN.batch,), generator=generator).tolist()
         right = torch.tensor([truth(sample("train", number)[0]) for number in numbers], device=device)
         ids = tokens([said("train", number) for number in numbers], folder).to(device)
-        with half_precision(device), attention(device):
+        with half_precision(device):
             logits = answer(ids)
         return sum(F.cross_entropy(of_question.float(), right[:, number])
                    for of_source in logits for number, of_question in enumerate(of_source)) / len(logits) / len(ANSWERS)

@@ -21,8 +21,8 @@ from models.autoencoder import Autoencoder
 from weights.demo import tokenizers
 from weights.demo.checker import compare, shares
 from weights.demo.denoisers import FAMILIES, SD3Demo, SDXLDemo, cells
-from weights.demo.export import export
-from weights.demo.loop import Plan, Run, attention, half_precision, record
+from weights.demo.export import GUIDANCE, export
+from weights.demo.loop import Plan, Run, half_precision, record
 from weights.demo.scenes import sample
 from weights.demo.text_encoders import TextEncoders, said, tokens, train_text_encoders
 from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
@@ -32,7 +32,7 @@ from weights.load import Checkpoint, WeightsError, open_checkpoint
 HERE = Path(__file__).parent
 PLANS = {  # the last one's model is exported
     "sdxl": {"denoiser": Plan(steps=20000, batch=32, rate=6e-4)},
-    "sd3": {"coarse": Plan(steps=6200, batch=16, rate=1e-3, warmup=300), "denoiser": Plan(steps=10000, batch=16, rate=8e-4)},
+    "sd3": {"coarse": Plan(steps=6200, batch=16, rate=1e-3, warmup=300), "denoiser": Plan(steps=7000, batch=16, rate=8e-4)},
 }
 
 
@@ -50,14 +50,14 @@ def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: 
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
         chosen = torch.randint(len(latents), (run.plan.batch,), generator=generator)
-        with half_precision(device), attention(device):
+        with half_precision(device):
             return model.loss(predict, latents[chosen].float().to(device), ids[chosen].to(device),
                               scenes[chosen].to(device), empty, generator)
 
     def show() -> None:
         told = tokens([caption for _, caption in unseen], folder).to(device)
         with torch.inference_mode():
-            pictures = autoencoder.decode(model.sample(told, empty, noise, steps=25, guidance=5.0) / scaling + shift)
+            pictures = autoencoder.decode(model.sample(told, empty, noise, steps=25, guidance=GUIDANCE[options.family]) / scaling + shift)
         save_sheet(pictures, run.state_file.with_name(f"{run.state_file.stem}-{run.step:06d}.png"))
         right = shares([compare(*pair, picture) for pair, picture in zip(unseen, pictures.float().cpu())])
         print("right: " + ", ".join(f"{name} {share:.0%}" for name, share in right.items()), flush=True)
