@@ -126,8 +126,8 @@ def test_counts_of_ranks(family, counts):
     with pytest.raises(UsageError, match="runs on 1 process or 2 ranks, not on 4"):
         plan_request(checkpoint, replace(ASKED, strategy="inner-reuse"), 4)
     if family == "sd3":
-        with pytest.raises(UsageError, match="--height 32 is 2 rows of patches, too few for 6 ranks"):
-            plan_request(checkpoint, replace(ASKED, height=32), 6)
+        with pytest.raises(UsageError, match="--height 16 is 2 rows of patches, too few for 6 ranks"):
+            plan_request(checkpoint, replace(ASKED, height=16), 6)
 
 
 def test_idle_ranks_are_named():
