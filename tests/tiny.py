@@ -1,6 +1,7 @@
 """Tiny seeded denoisers and tasks, and a way to run a function on spawned gloo ranks."""
 
 import os
+import random
 import socket
 from dataclasses import replace
 from datetime import timedelta
@@ -65,13 +66,12 @@ def on_rank(rank: int, ranks: int, port: int, folder: str, arguments: list[tuple
 
 
 def free_port(count: int) -> int:
-    """The first of `count` ports in a row that are free just now."""
+    """The first of `count` ports in a row that are free just now, from below those that Linux gives to outgoing connections (32768
+    and up): such a connection, of an earlier run of the row, could else take a port before its turn."""
     while True:
-        sockets = [socket.socket()]
+        port, sockets = random.SystemRandom().randrange(20000, 32000 - count), []
         try:
-            sockets[0].bind(("127.0.0.1", 0))
-            port = sockets[0].getsockname()[1]
-            for i in range(1, count):
+            for i in range(count):
                 sockets.append(socket.socket())
                 sockets[-1].bind(("127.0.0.1", port + i))
             return port
