@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT)]
 
 from benchmarks.dying_rank import HOWS, PLACES  # noqa: E402
 from benchmarks.full_size import in_words, machine, table  # noqa: E402
+from tests.tiny import free_port  # noqa: E402
 
 SCRIPT, DYING = ROOT / "train_free_sample.py", ROOT / "benchmarks" / "dying_rank.py"
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP, "wait": signal.SIGINT}
@@ -44,13 +45,6 @@ class Case(NamedTuple):
     after: float = 0.0  # seconds, of "any"
 
 
-def free_port() -> int:
-    """A port that nobody listens to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def held(port: int) -> bool:
     """Whether somebody listens to it."""
     with socket.socket() as probe:
@@ -59,7 +53,7 @@ def held(port: int) -> bool:
 
 def start(options: list[list[str]], folder: Path, script: tuple[str, ...] = (str(SCRIPT),), port: int | None = None) -> list[subprocess.Popen]:
     """Ranks as processes of this one, each with options of its own and its words in folder/said-RANK."""
-    each, port = [], port or free_port()
+    each, port = [], port or free_port(1)
     for rank, given in enumerate(options):
         env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(options)), "MASTER_ADDR": "127.0.0.1",
                             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(options))}  # fmt: skip
@@ -103,7 +97,7 @@ def wait_for(each: list[subprocess.Popen], seconds: float) -> None:
 
 def run_case(case: Case, folder: Path, ranks: int, given: list[str], timeout: float, limit: float, interrupt: float = INTERRUPT) -> dict:
     """One death and what came of it."""
-    out, mark, port = folder / "out", folder / "mark", free_port()
+    out, mark, port = folder / "out", folder / "mark", free_port(1)
     out.mkdir()
     options = [*given, "--seed", "1", "--timeout", str(timeout), "--out", str(out / "picture.png")]
     script = (str(SCRIPT),) if case.place == "any" else (str(DYING), case.place, case.how, str(case.victim), str(mark))

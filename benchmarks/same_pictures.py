@@ -21,13 +21,13 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.deaths import free_port  # noqa: E402
 from benchmarks.full_size import in_words, machine  # noqa: E402
 from hybridiff.pipeline import Request, generate  # noqa: E402
 from hybridiff.presets import paper_rule, usual_reuse  # noqa: E402
 from hybridiff.report import save_picture, settings_of  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
 from hybridiff.transport import Mailbox, Transport, connect, disconnect  # noqa: E402
+from tests.tiny import free_port  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
 PROMPTS = ["a red circle", "", "a small green star above a large purple ring on a white background", "🟥" * 50, "\x1b[31m"]
@@ -73,7 +73,7 @@ def on_rank(rank: int, port: int, requests: list[tuple[str, Request]], folder: s
 def on_two_ranks(requests: list[tuple[str, Request]], unlike: str = "") -> list[list[dict]]:
     """What each of two ranks made of all requests."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, (free_port(), requests, folder, unlike), nprocs=2)
+        mp.spawn(on_rank, (free_port(1), requests, folder, unlike), nprocs=2)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from test_command_line import SCRIPT, call, torchrun
+from tiny import free_port
 
 from hybridiff.batch import make_jobs, read_prompts
 from hybridiff.errors import UsageError
@@ -117,10 +117,7 @@ def test_several_pictures_refused_in_one_sentence(options, tmp_path, monkeypatch
 
 def test_two_machines(tmp_path, monkeypatch):
     """Two agents of torchrun, two ranks each, as on two machines: pairs stay on theirs, pictures `equal` those of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port(1)}"]
     options = ["--prompt", "a red star", "--images-per-prompt", "4", "--steps", "4", "--seed", "1"]
     agents = [subprocess.Popen([*launch, str(SCRIPT), *options, "--out", str(tmp_path / "two")], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [agent.communicate(timeout=300)[0] for agent in agents]

@@ -1,5 +1,7 @@
 """The demo training: a run that was killed goes on as if it had not been, and a checkpoint can be trained on."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -81,7 +83,8 @@ def test_single_latents_begin_where_patches_stand():
     torch.manual_seed(0)
     coarse = SD3Demo(TextEncoders(100, 100), patch=2)
     nn.init.normal_(coarse.denoiser.final_layer.linear.weight)
-    fine = coarse.refined()
+    fine = begun("sd3", coarse.encoders, SimpleNamespace(load=lambda *_: coarse.denoiser))
+    assert fine.denoiser.config.patch == 1
     latent, states = torch.randn(1, 16, 1, 1), torch.randn(1, coarse.denoiser.config.width)
     embedded = [model.denoiser.x_embedder.proj(latent.expand(1, 16, side, side)) for model, side in ((coarse, 2), (fine, 1))]
     torch.testing.assert_close(*embedded)
