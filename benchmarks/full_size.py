@@ -29,7 +29,6 @@ TINY = {
     ),
     "sd3": MMDiTConfig(width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=12),
 }  # fmt: skip
-CPU_DTYPE = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32  # with AVX512 alone bf16 products were slower than fp32's
 TOKENS = {"sdxl": 77, "sd3": 77 + 256}  # of the text: CLIP's, and T5's after them
 
 

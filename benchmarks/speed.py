@@ -1,7 +1,7 @@
 """Speed of whole runs against the schedule's arithmetic: `python benchmarks/speed.py --json FILE`.
 
-The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights on the CPU, in bf16 where
-it has AMX, else in fp32 (10 GB for SDXL, which the ranks share as a file in the temporary folder), one thread a rank. Rows:
+The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights on the CPU, in bf16 if
+it multiplies that faster, else in fp32 (10 GB for SDXL, which the ranks share as a file in the temporary folder), one thread a rank. Rows:
 `serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, the presets `balanced` and `fast`, `paper-K` (K pipelined
 steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
 Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
@@ -24,11 +24,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import CPU_DTYPE, FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
+from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
 from benchmarks.timed import PARTS, on_ranks, parts_on_cuda  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.schedule import StepPlan  # noqa: E402
 from hybridiff.timeline import length, message_bytes, plan_all, timeline  # noqa: E402
+from weights.demo.loop import bf16_pays  # noqa: E402
 
 ROWS = ("serial", "batched", "diffusers", "condition", "balanced", "fast", *(f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS))
 SIZES = {"sdxl": 512, "sd3": 256}  # of the whole runs
@@ -96,7 +97,7 @@ class Results:
 
 def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """"1 rank busy" and "2 ranks busy" -> seconds of each part; of two ranks the mean."""
-    where = {"family": family, "size": size, "steps": 1, "tiny": args.tiny, "weights": str(args.folder / family)}
+    where = {"family": family, "size": size, "steps": 1, "dtype": args.dtype, "tiny": args.tiny, "weights": str(args.folder / family)}
 
     def measure() -> dict:
         busy = {}
@@ -120,7 +121,7 @@ def measure_row(results: Results, family: str, size: int, row: str, parts: dict,
         plans = plans_of(family, row, steps)
         alike = len(set(plans)) == 1  # every step does the same work, so that some stand for all
         run = min(steps, args.alike) if alike and args.alike else steps
-        where = {"family": family, "size": size, "steps": run, "tiny": args.tiny, "weights": str(args.folder / family)}
+        where = {"family": family, "size": size, "steps": run, "dtype": args.dtype, "tiny": args.tiny, "weights": str(args.folder / family)}
         if row == "diffusers":
             each = on_ranks(1, where, "diffusers")
         else:
@@ -214,6 +215,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="results are kept there, and not measured again")
     parser.add_argument("--tiny", action="store_true", help="small networks, for the test")
     args = parser.parse_args()
+    args.dtype = torch.bfloat16 if bf16_pays(torch.device("cpu")) else torch.float32
     args.cuda = [1024, 2048, 2560] if args.cuda == [] else args.cuda or []
     for size in (*args.part_sizes, *args.cuda, *([] if args.size is None else [args.size])):
         if size < 32 or size % 32 or size > 3072:
@@ -230,7 +232,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     conditions = machine() | {
-        "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": f"{CPU_DTYPE} on the CPU".removeprefix("torch."),
+        "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": f"{args.dtype} on the CPU".removeprefix("torch."),
         "threads a rank": 1, "steps run of rows whose steps are alike": args.alike or "all", "repeats of a part": args.repeats, "switch": "by the cap",
     }  # fmt: skip
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 import torch.multiprocessing as mp
 
-from benchmarks.full_size import CPU_DTYPE, make_task
+from benchmarks.full_size import make_task
 from hybridiff.denoise import Task, denoise
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox, Transport, connect, disconnect
@@ -63,10 +63,10 @@ def time_run(task: Task, transport: Transport, strategy: Strategy, settings: Set
 
 
 def on_rank(rank: int, ranks: int, port: int, folder: str, where: dict, work: str, details: dict) -> None:
-    """Body of a rank. `where`: family, size, steps, tiny, weights; `work`: "parts", "run" or "diffusers"."""
+    """Body of a rank. `where`: family, size, steps, dtype, tiny, weights; `work`: "parts", "run" or "diffusers"."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    task = make_task(dtype=CPU_DTYPE, device="cpu", **where)
+    task = make_task(device="cpu", **where)
     if work == "diffusers":
         from benchmarks import diffusers_loop
 
@@ -82,7 +82,7 @@ def on_rank(rank: int, ranks: int, port: int, folder: str, where: dict, work: st
 def on_ranks(ranks: int, where: dict, work: str, **details: object) -> list[dict]:
     """The results of all ranks, from processes of their own, which share the memory of the weights."""
     if not Path(where["weights"]).exists():
-        make_task(dtype=CPU_DTYPE, device="cpu", **where)
+        make_task(device="cpu", **where)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_rank, (ranks, free_port(1), folder, where, work, details), nprocs=ranks)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]

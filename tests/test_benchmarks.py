@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.full_size import CPU_DTYPE, FAMILIES, make_task, row_plan
+from benchmarks.full_size import FAMILIES, make_task, row_plan
 from benchmarks.speed import LINKS, by_medians, plans_of, predict
 from hybridiff.denoise import denoise
 from hybridiff.timeline import message_bytes, total_bytes
@@ -21,6 +21,11 @@ def script(name: str, *options: object) -> subprocess.CompletedProcess:
     """What a benchmark said."""
     command = [sys.executable, BENCHMARKS / name, *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def dtype_of(kept: dict) -> torch.dtype:
+    """What `speed.py` chose for this CPU, as its file tells."""
+    return getattr(torch, kept["conditions"]["dtype"].split()[0])
 
 
 def test_bytes_are_those_the_transport_counts(tmp_path):
@@ -48,11 +53,12 @@ def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
     assert set(before) == {f"{family} 64 parts", *(f"{family} 64 9 steps {row}" for row in rows[:-1])}
     ran = script(*options, *rows)
     assert ran.returncode == 0 and f"| {rows[-1]} | 2 |" in ran.stdout, ran.stderr
-    results = json.loads((tmp_path / "speed.json").read_text())["results"]
+    kept = json.loads((tmp_path / "speed.json").read_text())
+    results, dtype = kept["results"], dtype_of(kept)
     assert {key: results[key] for key in before} == before
     for row in rows:
         result = results[f"{family} 64 9 steps {row}"]
-        expected = total_bytes(plans_of(family, row, result["steps"]), make_task(family, 64, 9, CPU_DTYPE, True))
+        expected = total_bytes(plans_of(family, row, result["steps"]), make_task(family, 64, 9, dtype, True))
         assert result["bytes"] == dict(expected)
         assert [len(seconds) for seconds in result["seconds of each step"]] == [result["steps"]] * result["ranks"]
         assert result.get("distance from our prediction", 0.0) < 0.02
@@ -65,12 +71,13 @@ def test_some_steps_stand_for_all_where_they_are_alike(tmp_path):
     options = "--tiny", "--family", "sdxl", "--size", 64, "--steps", 9, "--part-sizes", "--repeats", 1, "--alike", 2
     ran = script("speed.py", *options, "--json", tmp_path / "speed.json", "--rows", "condition", "paper-5")
     assert ran.returncode == 0 and "| condition | 2 | 9, of 2 measured |" in ran.stdout, ran.stderr
-    results = json.loads((tmp_path / "speed.json").read_text())["results"]
+    kept = json.loads((tmp_path / "speed.json").read_text())
+    results, dtype = kept["results"], dtype_of(kept)
     for row, run in (("condition", 2), ("paper-5", 9)):
         result = results[f"sdxl 64 9 steps {row}"]
         assert [len(seconds) for seconds in result["seconds of each step"]] == [run] * 2
         assert result["total"] >= 9 / run * sum(result["seconds of each step"][0])
-        assert result["bytes"] == dict(total_bytes(plans_of("sdxl", row, 9), make_task("sdxl", 64, 9, CPU_DTYPE, True)))
+        assert result["bytes"] == dict(total_bytes(plans_of("sdxl", row, 9), make_task("sdxl", 64, 9, dtype, True)))
 
 
 def test_medians_are_taken_within_equal_steps():

@@ -1,5 +1,7 @@
 """The demo training: a run that was killed goes on as if it had not been, and a checkpoint can be trained on."""
 
+from collections import OrderedDict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +23,10 @@ class Killed(Exception):
     """Stands for the kill."""
 
 
-def run_in(folder, model_seed: int = 0) -> Run:
+def run_in(folder, model_seed: int = 0, muon: float = 0.0) -> Run:
     torch.manual_seed(model_seed)
-    return Run(nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1)), PLAN, folder / "run.safetensors")
+    model = nn.Sequential(OrderedDict(joint_blocks=nn.Linear(3, 8), gelu=nn.GELU(), last=nn.Linear(8, 1)))
+    return Run(model, replace(PLAN, muon=muon), folder / "run.safetensors")
 
 
 def fit(run: Run, killed_at: int | None = None) -> None:
@@ -36,15 +39,18 @@ def fit(run: Run, killed_at: int | None = None) -> None:
     run.fit(loss_of)
 
 
-@pytest.mark.parametrize("killed_at", [0, 1, 5, 11])
-def test_killed_run_goes_on(tmp_path, killed_at):
-    """Equal: weights, moving average and the steps of the curve, whatever the step it was killed at."""
+@pytest.mark.parametrize("killed_at, muon", [(0, 0.0), (1, 0.0), (5, 0.0), (5, 3.0), (11, 3.0)])
+def test_killed_run_goes_on(tmp_path, killed_at, muon):
+    """Equal: weights, moving average and the steps of the curve, whatever the step it was killed at; with and without Muon."""
+    if muon and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon: it came with 2.9")
     (tmp_path / "whole").mkdir()
-    whole = run_in(tmp_path / "whole")
+    whole = run_in(tmp_path / "whole", muon=muon)
+    assert len(whole.optimizers) == 1 + bool(muon)
     fit(whole)
     with pytest.raises(Killed):
-        fit(run_in(tmp_path), killed_at)
-    resumed = run_in(tmp_path, model_seed=1 if killed_at else 0)  # what it begins with does not matter once a state is there
+        fit(run_in(tmp_path, muon=muon), killed_at)
+    resumed = run_in(tmp_path, model_seed=1 if killed_at else 0, muon=muon)  # what it begins with does not matter once a state is there
     assert resumed.step == killed_at
     fit(resumed)
     for name, weight in whole.trained.items():
