@@ -95,9 +95,14 @@ class Results:
             write_whole(self.path, lambda temporary: temporary.write_text(told))
 
 
+def where_of(family: str, size: int, steps: int, args: argparse.Namespace) -> dict[str, object]:
+    """What a rank makes its task from, see `timed.on_rank`."""
+    return {"family": family, "size": size, "steps": steps, "dtype": args.dtype, "tiny": args.tiny, "weights": str(args.folder / family)}
+
+
 def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """"1 rank busy" and "2 ranks busy" -> seconds of each part; of two ranks the mean."""
-    where = {"family": family, "size": size, "steps": 1, "dtype": args.dtype, "tiny": args.tiny, "weights": str(args.folder / family)}
+    where = where_of(family, size, 1, args)
 
     def measure() -> dict:
         busy = {}
@@ -121,7 +126,7 @@ def measure_row(results: Results, family: str, size: int, row: str, parts: dict,
         plans = plans_of(family, row, steps)
         alike = len(set(plans)) == 1  # every step does the same work, so that some stand for all
         run = min(steps, args.alike) if alike and args.alike else steps
-        where = {"family": family, "size": size, "steps": run, "dtype": args.dtype, "tiny": args.tiny, "weights": str(args.folder / family)}
+        where = where_of(family, size, run, args)
         if row == "diffusers":
             each = on_ranks(1, where, "diffusers")
         else:
@@ -215,7 +220,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="results are kept there, and not measured again")
     parser.add_argument("--tiny", action="store_true", help="small networks, for the test")
     args = parser.parse_args()
-    args.dtype = torch.bfloat16 if bf16_pays(torch.device("cpu")) else torch.float32
     args.cuda = [1024, 2048, 2560] if args.cuda == [] else args.cuda or []
     for size in (*args.part_sizes, *args.cuda, *([] if args.size is None else [args.size])):
         if size < 32 or size % 32 or size > 3072:
@@ -226,6 +230,7 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--json {args.json}: its folder does not exist; make it or give another.")
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda: there is no CUDA device here; leave the option out.")
+    args.dtype = torch.bfloat16 if bf16_pays(torch.device("cpu")) else torch.float32
     return args
 
 

@@ -1,4 +1,4 @@
-"""The training loop that the autoencoders and the denoisers share: AdamW or Muon, EMA, a state on disk that a kill cannot hurt.
+"""The training loop that the autoencoders and the denoisers share: AdamW and Muon, EMA, a state on disk that a kill cannot hurt.
 
 All randomness of a step comes from a generator seeded with the step's number, so a resumed run sees the same batches.
 """
@@ -56,13 +56,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @cache
 def bf16_pays(device: torch.device) -> bool:
-    """Whether products of bf16 matrices are faster than of fp32 ones: on a GPU yes, on a CPU measured (about 50 ms; some have
-    the instructions and are slower with them)."""
+    """Whether products of bf16 matrices are faster than of fp32 ones: on a GPU yes, on a CPU measured (some have the instructions
+    and are slower with them)."""
     if device.type != "cpu":
         return True
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
-        square, taken = torch.ones(768, 768, dtype=dtype), []
+        square, taken = torch.ones(512, 512, dtype=dtype), []
         for _ in range(4):
             started = time.perf_counter()
             square @ square
@@ -83,9 +83,6 @@ def record(path: Path) -> dict[str, object]:
     return {"steps": int(told["step"]), "minutes": round(float(told["seconds"]) / 60, 1), "loss": json.loads(told["curve"])}
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW the first two, of Muon the last
-
-
 def hidden_matrix(name: str, weight: Tensor) -> bool:
     """Whether a weight is a matrix of an MMDiT's block that maps features to features; the modulations begin at zero and keep AdamW."""
     return "joint_blocks." in name and weight.ndim == 2 and "adaLN_modulation" not in name
@@ -98,16 +95,20 @@ class Run:
         self.model, self.plan, self.state_file = model, plan, state_file
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.average = {name: weight.detach().clone() for name, weight in self.trained.items()}
-        of_muon = {name for name, weight in self.trained.items() if plan.muon and hidden_matrix(name, weight)}
-        others = [weight for name, weight in self.trained.items() if name not in of_muon]
+        self.of_muon = {name for name, weight in self.trained.items() if plan.muon and hidden_matrix(name, weight)}
+        others = [weight for name, weight in self.trained.items() if name not in self.of_muon]
         self.optimizers = [torch.optim.AdamW(others, lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-        if of_muon:
-            matrices = [self.trained[name] for name in of_muon]
+        if self.of_muon:
+            matrices = [self.trained[name] for name in self.of_muon]
             self.optimizers.append(torch.optim.Muon(matrices, lr=plan.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         self.step, self.seconds, self.loss = 0, 0.0, math.nan  # loss: mean since the last report
         self.curve: list[list[float]] = []  # [step, loss] at every report
         if state_file.exists():
             self._load()
+
+    def _moments(self, name: str) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
+        """The optimizer of a weight and the names of what it remembers of it."""
+        return (self.optimizers[1], ("momentum_buffer",)) if name in self.of_muon else (self.optimizers[0], ("exp_avg", "exp_avg_sq"))
 
     def _load(self) -> None:
         tensors, metadata = read_safetensors(self.state_file)
@@ -117,21 +118,18 @@ class Run:
             for name, weight in self.trained.items():
                 weight.copy_(tensors[f"model.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
-                moments = {key: tensors[f"{key}.{name}"].to(weight.device) for key in MOMENTS if f"{key}.{name}" in tensors}
-                if "momentum_buffer" in moments:
-                    self.optimizers[1].state[weight] = moments
-                else:
-                    self.optimizers[0].state[weight] = moments | {"step": torch.tensor(float(self.step))}
+                optimizer, keys = self._moments(name)
+                moments = {key: tensors[f"{key}.{name}"].to(weight.device) for key in keys}
+                optimizer.state[weight] = moments | {"step": torch.tensor(float(self.step))}  # which Muon does not ask for
         print(f"resumed {self.state_file.name} at step {self.step}", flush=True)
 
     def save(self) -> None:
         """Writes weights, average, moments and the step."""
         tensors = {}
         for name, weight in self.trained.items():
-            tensors |= {f"model.{name}": weight.detach(), f"average.{name}": self.average[name]}
-        for optimizer in self.optimizers:
-            for name, weight in self.trained.items():
-                tensors |= {f"{key}.{name}": optimizer.state[weight][key] for key in MOMENTS if key in optimizer.state.get(weight, {})}
+            optimizer, keys = self._moments(name)
+            tensors |= {f"model.{name}": weight.detach(), f"average.{name}": self.average[name],
+                        **{f"{key}.{name}": optimizer.state[weight][key] for key in keys}}
         numbers = {"step": self.step, "seconds": self.seconds, "loss": self.loss, "curve": self.curve}
         write_safetensors(tensors, self.state_file, {key: str(value) for key, value in numbers.items()})
 
@@ -151,8 +149,7 @@ class Run:
             for optimizer, times in zip(self.optimizers, (1.0, self.plan.muon)):
                 optimizer.param_groups[0]["lr"] = times * self.plan.rate_at(self.step)
             loss = loss_of(torch.Generator().manual_seed(self.step), self.step)
-            for weight in self.trained.values():
-                weight.grad = None
+            self.model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
             for optimizer in self.optimizers:
