@@ -28,24 +28,23 @@ SHARES = {  # of the steps that may be saved, see presets.usual_reuse
     "step-extrapolation": (1 / 6, PRESETS["balanced"].share, PRESETS["fast"].share, 0.8), "inner-reuse": (1 / 3, 2 / 3), "guided-pipeline": (1 / 3, 2 / 3, 1)
 }  # fmt: skip
 INTERVALS = (0.1, 0.2, 0.4, 0.6)  # k of the paper's strategy, as a share of the steps
-FEWER = (2.31, 2.5, 3.0)  # speed-ups that condition partitioning reaches with fewer steps
 
 
 def rows_of(family: str, steps: int) -> list[Row]:
-    """All rows at a number of steps."""
+    """All rows at a number of steps; fewer steps: as fast as the paper's 2.31, and as `balanced` and `fast`."""
     rows = [Row("condition", "condition", steps, steps)]
     for share in INTERVALS:
         rule = replace(paper_rule(family, steps), interval=round(share * steps))
         rows.append(Row(f"paper, k = {rule.interval}", "paper", steps, steps, rule))
-    for count in sorted({fewer(speed_up, steps) for speed_up in FEWER}, reverse=True):
+    presets = [usual_reuse(steps, PRESETS[name].share) for name in ("balanced", "fast")]
+    for count in sorted({fewer(2.31, steps), *(steps - reuse.count for reuse in presets)}, reverse=True):
         rows.append(Row(f"condition, {count} steps", "condition", count, steps))
         rows.append(Row(f"condition, {count} steps, dpmpp_2m", "condition", count, steps, sampler="dpmpp_2m"))
     for name, shares in SHARES.items():
         for share in shares:
             reuse = usual_reuse(steps, share)
             rows.append(Row(f"{name}, {reuse.count} saved", name, steps, steps, reuse=reuse))
-    for name in ("balanced", "fast"):
-        reuse = usual_reuse(steps, PRESETS[name].share)
+    for reuse in presets:
         rows.append(Row(f"step-extrapolation, {reuse.count} saved, dpmpp_2m", "step-extrapolation", steps, steps, reuse=reuse, sampler="dpmpp_2m"))
     return list(dict.fromkeys(rows))  # with few steps two shares may be one number
 
@@ -114,7 +113,9 @@ def measured_speeds(path: Path) -> str:
         mine = {key.split()[-1]: seconds for key, seconds in runs.items() if key.startswith(family)}
         if "serial" in mine and "batched" in mine:
             best = min(mine["serial"], mine["batched"])
-            lines += [[family, row, f"{seconds:.1f}", f"{best / seconds:.2f}"] for row, seconds in mine.items()]
+            for row, seconds in mine.items():
+                words = kept["conditions"].get(row)  # of a preset: what it saved then
+                lines.append([family, f"{row}: {words}" if words else row, f"{seconds:.1f}", f"{best / seconds:.2f}"])
     return table(("model", "row", "seconds", "measured speed-up"), lines)
 
 

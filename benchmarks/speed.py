@@ -5,7 +5,7 @@ it multiplies that faster, else in fp32 (10 GB for SDXL, which the ranks share a
 `serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, the presets `balanced` and `fast`, `paper-K` (K pipelined
 steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
 Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
-times taken with as many ranks busy; messages are free. With --cuda, part times there and from them a predicted latency
+times taken with as many ranks busy, of which the slower counts; messages are free. With --cuda, part times there and from them a predicted latency
 on two such devices.
 """
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
 from benchmarks.timed import PARTS, on_ranks, parts_on_cuda  # noqa: E402
+from hybridiff.presets import PRESETS  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.schedule import StepPlan  # noqa: E402
 from hybridiff.timeline import length, message_bytes, plan_all, timeline  # noqa: E402
@@ -101,7 +102,7 @@ def where_of(family: str, size: int, steps: int, args: argparse.Namespace) -> di
 
 
 def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """"1 rank busy" and "2 ranks busy" -> seconds of each part; of two ranks the mean."""
+    """"1 rank busy" and "2 ranks busy" -> seconds of each part until all have it, medians."""
     where = where_of(family, size, 1, args)
 
     def measure() -> dict:
@@ -109,7 +110,7 @@ def measure_parts(results: Results, family: str, size: int, args: argparse.Names
         for ranks in (1, 2):
             each = on_ranks(ranks, where, "parts", repeats=args.repeats)
             busy[f"{ranks} ranks busy" if ranks > 1 else "1 rank busy"] = {
-                part: sum(seconds[part] for seconds in each) / ranks for part in PARTS
+                part: median(map(max, zip(*(seconds[part] for seconds in each)))) for part in PARTS
             }
         return busy
 
@@ -239,6 +240,7 @@ def main() -> int:
     conditions = machine() | {
         "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": f"{args.dtype} on the CPU".removeprefix("torch."),
         "threads a rank": 1, "steps run of rows whose steps are alike": args.alike or "all", "repeats of a part": args.repeats, "switch": "by the cap",
+        **{row: PRESETS[row].words for row in ("balanced", "fast")},
     }  # fmt: skip
     if torch.cuda.is_available():
         conditions["CUDA device"] = f"{torch.cuda.get_device_name()}, float16"

@@ -22,8 +22,8 @@ PARTS = ("entry", "inner", "exit", "whole", "whole, batch 2")
 
 
 @torch.inference_mode()
-def time_parts(task: Task, transport: Transport, repeats: int) -> dict[str, float]:
-    """Seconds of each of PARTS: medians over `repeats`, after one run that does not count. All ranks start each together."""
+def time_parts(task: Task, transport: Transport, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each of PARTS, `repeats` times, after one run that does not count. All ranks start each together."""
     net, cut, told, dtype = task.denoiser, task.cuts[0], task.conditioning["cond"], task.conditioning["cond"].text.dtype
     x, t = task.noise.to(dtype), task.sampler.timesteps[:1].to(task.noise.device)
     both = task.batch("both")
@@ -46,7 +46,7 @@ def time_parts(task: Task, transport: Transport, repeats: int) -> dict[str, floa
         clock("exit", lambda: net.exit(crossing, skips, t, told, cut))
         clock("whole", lambda: net(x, t, told))
         clock("whole, batch 2", lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both))
-    return {part: median(times[1:]) for part, times in seconds.items()}
+    return {part: times[1:] for part, times in seconds.items()}
 
 
 def time_run(task: Task, transport: Transport, strategy: Strategy, settings: Settings) -> dict:
@@ -89,5 +89,6 @@ def on_ranks(ranks: int, where: dict, work: str, **details: object) -> list[dict
 
 
 def parts_on_cuda(family: str, size: int, repeats: int, tiny: bool) -> dict[str, float]:
-    """Seconds of each of PARTS in fp16 on the CUDA device, in this process."""
-    return time_parts(make_task(family, size, 1, torch.float16, tiny, "cuda"), Mailbox(), repeats)
+    """Seconds of each of PARTS in fp16 on the CUDA device, in this process: medians."""
+    seconds = time_parts(make_task(family, size, 1, torch.float16, tiny, "cuda"), Mailbox(), repeats)
+    return {part: median(times) for part, times in seconds.items()}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class UsageError(Exception):
-    """A mistake in options, files or surroundings; shown by rank 0 without a traceback, exit status 2 on every rank."""
+    """A mistake in options, files or surroundings; shown without a traceback; exit status 2 on every rank, 1 where the work had begun."""
 
 
 class SharedError(UsageError):

@@ -111,7 +111,7 @@ def check_text(name: str, text: str | None) -> None:
 
 
 def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """fp32 on the CPU, which is slow in anything else; on CUDA bf16 where the denoiser is stored in it, else fp16."""
+    """fp32 on the CPU, where many are slow in anything else; on CUDA bf16 where the denoiser is stored in it, else fp16."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if checkpoint.dtype("denoiser") == torch.bfloat16 else torch.float16

@@ -22,19 +22,19 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "exact": Preset("condition", 0.0, "the picture of one device, bit for bit"),
-    "balanced": Preset("step-extrapolation", 1 / 3, "10 of 50 steps extrapolated"),
-    "fast": Preset("step-extrapolation", 17 / 30, "17 of 50 steps extrapolated"),
+    "balanced": Preset("step-extrapolation", 2 / 5, "12 of 50 steps extrapolated"),
+    "fast": Preset("step-extrapolation", 19 / 30, "19 of 50 steps extrapolated"),
     "paper": Preset("paper", 0.0, "the three stages as published"),
 }
 
 
 def usual_reuse(steps: int, share: float) -> Reuse:
-    """`share` of the steps that may be saved: not the first 5 and a fifth of all, in which the picture is laid out, nor the last tenth.
+    """`share` of the steps that may be saved: not the first 5 + steps / 5, in which the picture is laid out, nor the last tenth.
 
-    With 50 steps 30 may be saved. With few steps each goes further, so that less of the way can be left to extrapolation.
+    With 50 steps 30 may be saved. With few steps each goes further, so that less of the way can be left to extrapolation: rounded down.
     """
     reuse = Reuse(start=5 + round(0.2 * steps), end=max(2, round(0.1 * steps)))
-    return replace(reuse, count=round(share * reuse.room(steps)))
+    return replace(reuse, count=int(share * reuse.room(steps)))
 
 
 def paper_rule(family: str, steps: int) -> SwitchRule:

@@ -120,7 +120,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait for a value from another rank; it replaces the older value of that name."""
+    """Wait for a value from another rank; it is the newest of that name then (older ones stay for `Extrapolate`)."""
 
     value: Value
     source: int
@@ -154,7 +154,7 @@ class Extrapolate:
 
     `made` says which steps' latents the results belong to, the oldest first: with results v1, v2 of steps a, b and this step i,
     v2 + (i - b) / (b - a) * (v2 - v1). With one step in `made` the last result is taken as it is. With a third in front the line is tried
-    first: where the one through v0 and v1 would have missed v2 by more than |v2 - v1|, the last result is taken as it is.
+    first: where the one through v0 and v1 would have missed v2 by more than |v2 - v1| (Euclidean norms), the last result is taken as it is.
     """
 
     value: Value

@@ -40,7 +40,8 @@ def random_case(rng: random.Random) -> tuple[list[float], Settings]:
 
 
 def test_every_plan_is_sound():
-    """Every send meets its receive in order, nobody waits for ever, every rank steps once; 400 seeded cases, some of them on 4, 6 and 8 ranks."""
+    """Every send meets its receive in order, features sent are used, nobody waits for ever, every rank steps once; 400 seeded cases, some of
+    them on 4, 6 and 8 ranks."""
     rng = random.Random(0)
     for case in range(200):
         history, settings = random_case(rng)
@@ -48,12 +49,28 @@ def test_every_plan_is_sound():
             ranks = rng.choice((4, 6, 8))
             several = [strategy.on(ranks, config) for strategy in strategies(family).values() if strategy.many and case % 10 == 0]
             for strategy in [*strategies(family).values(), *several]:
-                kept = {}  # rank -> value -> how many results of it that rank has had, over the steps
+                kept, unread = {}, {}  # rank -> value -> how many results of it that rank has had, has received and not used, over the steps
                 for step in range(settings.steps):
                     plan = strategy.plan(step, history[:step], settings)
                     assert len(plan.operations) == strategy.ranks
                     check(plan)
                     assert_sources_exist(plan, kept)
+                    assert_features_are_used(plan, unread)
+                assert not any(unread.values()), f"{family} {strategy.ranks} {settings}: {unread}"
+
+
+def assert_features_are_used(plan: StepPlan, unread: dict[int, Counter]) -> None:
+    """No features are received in place of others that nobody has used."""
+    for rank, operations in enumerate(plan.operations):
+        waiting = unread.setdefault(rank, Counter())
+        for operation in operations:
+            match operation:
+                case Receive(value) if value.what in ("entry", "inner"):
+                    waiting[value] += 1
+                case Run(source=value):
+                    assert waiting.pop(value, 0) <= 1, f"rank {rank}: {operation}"
+                case Extrapolate(value, made):
+                    assert waiting.pop(value, 0) <= len(made), f"rank {rank}: {operation}"
 
 
 def assert_sources_exist(plan: StepPlan, kept: dict[int, Counter]) -> None:

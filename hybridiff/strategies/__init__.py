@@ -1,7 +1,7 @@
 """Strategies: pure functions that write schedules, one short file each.
 
 Every strategy has the same face: plan(step, history, settings) -> StepPlan, where `history` holds the discrepancies measured
-in steps 0..step-1 (as far as they are shared by all ranks). Those for any even number of ranks also take `ranks`, and `blocks`: how many of
+in steps 0..step-1 (None where the value stayed on rank 0: `paper` shares them until it has switched). Those for any even number of ranks also take `ranks`, and `blocks`: how many of
 the network's blocks a branch's ranks can share, 0 where it cannot be divided.
 """
 
@@ -26,7 +26,7 @@ class Strategy(NamedTuple):
 
     plan: Callable[[int, Sequence[float | None], Settings], StepPlan]
     ranks: int
-    nested: bool = False  # entry and exit must both do work: `nested_cut` instead of the paper's cut
+    outer_work: bool = False  # entry and exit must both do work: `nested_cut` instead of the paper's cut
     many: bool = False  # also for larger even numbers of ranks, see `on`
 
     def counts(self, config: UNetConfig | MMDiTConfig) -> list[int]:
@@ -41,7 +41,7 @@ class Strategy(NamedTuple):
 
     def cuts(self, denoiser: UNet | MMDiT) -> tuple[Any, ...]:
         """Where this strategy cuts a denoiser: once, or for N ranks N - 1 times."""
-        if self.nested:
+        if self.outer_work:
             return (denoiser.nested_cut(),)
         return denoiser.cuts(even(denoiser.unit_sizes(), self.ranks)) if self.ranks > 2 else (denoiser.default_cut(),)
 
@@ -55,6 +55,6 @@ def strategies(family: str) -> dict[str, Strategy]:
         "condition": Strategy(condition, 2, many=True),
         "paper": Strategy(paper_nested if family == "sdxl" else paper_halves, 2, many=True),
         "step-extrapolation": Strategy(step_extrapolation, 2, many=True),
-        "inner-reuse": Strategy(inner_reuse, 2, nested=True),
-        "guided-pipeline": Strategy(guided_pipeline, 2, nested=True),
+        "inner-reuse": Strategy(inner_reuse, 2, outer_work=True),
+        "guided-pipeline": Strategy(guided_pipeline, 2, outer_work=True),
     }

@@ -1,4 +1,4 @@
-"""Condition-based partitioning (paper, Sec. 4.1): one branch a rank. Equal to serial, at half its time."""
+"""Condition-based partitioning (paper, Sec. 4.1): one branch a rank, equal to serial at half its time. More ranks: `sharing.py`."""
 
 from typing import Sequence
 
@@ -10,7 +10,7 @@ from hybridiff.strategies.sharing import TEXTS, evaluate, exchange, made_by
 def guided_step(before: Sequence[Sequence[Operation]], tell: bool, blocks: int = 0) -> tuple[tuple[Operation, ...], ...]:
     """Exchange the predictions that `before` leaves (see `made_by`: uncond on the first half of the ranks), guide and step on every rank.
 
-    Rank 0 alone measures the discrepancy. With `tell` it sends the scalar on, so that all decide from the same bits.
+    Rank 0 alone measures the discrepancy. With `tell` it sends the scalar on, so that all decide on the switch from the same bits.
     """
     ranks = len(before)
     made = [made_by(rank, ranks, blocks) for rank in range(ranks)]

@@ -19,5 +19,5 @@ def batched(step: int, history: Sequence[float | None], settings: Settings) -> S
 
 
 def one_branch(step: int, history: Sequence[float | None], settings: Settings) -> StepPlan:
-    """Only the branch with the prompt: all that a guidance of 1 or less needs. Several ranks all do the same."""
+    """Only the branch with the prompt: all that a guidance of 1 or less needs. Where more ranks were started, each performs this list for itself."""
     return StepPlan("warm-up", ((Run("whole", "cond"), Step(prediction("cond"))),))

@@ -2,8 +2,8 @@
 
 Warm-up and fully-connecting are condition partitioning. In between, steps `first..tau2` run as a pipeline: the network is cut in as
 many segments as there are ranks, and each rank evaluates only its own, on features that its neighbours made one step earlier, under
-the text of its branch. There is one prediction in these steps, the last rank's, and no guidance: that is what the released code
-computes, bit for bit, and where its quality goes. The first of these steps fills the pipeline: the whole network is run.
+the text of its branch and told the time of the present step. There is one prediction in these steps and no guidance: that is what the
+released code computes for the U-Net, and where its quality goes. The first of these steps fills the pipeline: the whole network is run.
 """
 
 from typing import Sequence
@@ -44,14 +44,15 @@ def paper_nested(
 ) -> StepPlan:
     """The U-Net: rank 0 owns the innermost part, the last rank entry and exit, each rank between them a ring.
 
-    In step i every rank runs its way in on what its outer neighbour made in step i-1, and its way out on what its inner neighbour made
-    then. So with two ranks the inner features in a prediction come from the latents of step i-2. In the filling step the first rank
-    of each branch makes what all ranks of the branch would have made.
+    In step i every rank runs its way in on what its outer neighbour made in step i-1 (the last rank: on the latents), and its way out on
+    what its inner neighbour made then. So the innermost features in a prediction come from the latents of step i - 2 (ranks - 1), or of
+    the filling step where that is later. In the filling step the first rank with the prompt runs the whole network, whose prediction is
+    the step's; rank 0 runs all the way in without the prompt, and the way out of its branch's rings, for their features only.
     """
     switch = find_switch(history, settings.rule)
     if plan := guided_stage(step, switch, ranks, blocks):
         return plan
-    left = min(switch.tau2, settings.steps - 1) - step  # pipelined steps after this one: what is made in ring r serves the r-th of them
+    left = min(switch.tau2, settings.steps - 1) - step  # pipelined steps after this one: ring r's way out serves the r-th of them
     innermost, fill, leader = ranks - 1, step == switch.first, {"uncond": 0, "cond": ranks // 2}
 
     def text(ring: int) -> str:
@@ -65,12 +66,14 @@ def paper_nested(
             return [Run("entry", text(0)), Run("exit", text(0), inside)]
         return [Run("down", text(ring), outside, at=ring), Run("up", text(ring), inside, at=ring)]
 
+    # between the rings `cut` and `cut` + 1; what goes in comes out again one ring further, so that it must leave a step earlier
+    inwards = [(entry(text(cut), cut), cut, cut + 1) for cut in range(min(ranks - 1, left - 1))]
+    outwards = [(inner(text(cut + 1), cut), cut + 1, cut) for cut in range(min(ranks - 1, left))]
     handed: list[Hand] = []
-    for cut in range(min(ranks - 1, left)):  # between the rings `cut` and `cut` + 1
-        for value, maker, user in ((entry(text(cut), cut), cut, cut + 1), (inner(text(cut + 1), cut), cut + 1, cut)):
-            sender, receiver = leader[value.text] if fill else innermost - maker, innermost - user
-            if sender != receiver:
-                handed.append((value, sender, receiver))
+    for value, maker, user in inwards + outwards:
+        sender, receiver = leader[value.text] if fill else innermost - maker, innermost - user
+        if sender != receiver:
+            handed.append((value, sender, receiver))
     runs = [own(innermost - rank) if innermost - rank <= left else [] for rank in range(ranks)]
     if fill:
         runs = [[] for _ in range(ranks)]
@@ -86,8 +89,8 @@ def paper_halves(
     """The MMDiT: each rank owns a segment of the blocks, rank 0 the first; half of the ranks is without the prompt.
 
     In step i a rank runs its segment on the tokens, image and text, that the rank before it made in step i-1. (The released code
-    freezes them at the filling step, by an index that is off by one; we follow the intent.) In the filling step each rank runs
-    all segments up to its own.
+    freezes them at the filling step, by an index that is off by one; we follow the intent.) The words of the text come with them, so
+    of its own text a later rank adds only the pooled vector. In the filling step each rank runs all segments up to its own.
     """
     switch = find_switch(history, settings.rule)
     if plan := guided_stage(step, switch, ranks, blocks):

@@ -1,4 +1,4 @@
-"""Some steps are not computed at all: their guided prediction lies on the line through the last two computed ones."""
+"""Some steps are not computed at all: their guided prediction is continued along the line through the last two computed ones."""
 
 from typing import Sequence
 
@@ -24,12 +24,12 @@ def last_full(step: int, reused: Sequence[int], count: int) -> tuple[int, ...]:
 def step_extrapolation(
     step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
 ) -> StepPlan:
-    """Condition partitioning, but a few steps, evenly spread, cost nothing and move nothing.
+    """Condition partitioning, but some steps, evenly spread, cost nothing and move nothing.
 
-    With the guided predictions g_a, g_b of the last two computed steps a < b, a skipped step i takes
+    With the guided predictions g_a, g_b of the last two computed steps a < b, a saved step i takes
     g_i = g_b + (i - b) / (b - a) * (g_b - g_a) and lets the sampler step along it. Where the predictions do not lie on lines, which
-    long strides and strong guidance bring about, it takes g_i = g_b: if the line through the two steps before b would have missed
-    g_b by more than |g_b - g_a|. All ranks hold the same predictions, so that they agree without a message.
+    long strides and strong guidance bring about, it takes g_i = g_b: if, with z the computed step before a, the line through g_z and g_a
+    would have missed g_b by more than |g_b - g_a| (Euclidean norms). All ranks hold the same predictions, so that they agree without a message.
     """
     reused = settings.reuse.spread(settings.steps)
     if step in reused:

@@ -1,7 +1,7 @@
 """Stage one of the demo training: text encoders that understand the captions before any picture is drawn.
 
-The big models use encoders that were trained beforehand and are frozen; so do the demos, and both families share them,
-as SDXL and SD3 share CLIP-L and bigG. They are trained on captions alone: from whatever a denoiser gets to see of them
+The big models use encoders that were trained beforehand and are frozen; so do the demos, and the same CLIPs can serve both families,
+as CLIP-L and bigG serve SDXL and SD3. They are trained on captions alone: from whatever a denoiser gets to see of them
 (each pooled state, each sequence of token states) a small reader must be able to tell what the scene holds where.
 """
 

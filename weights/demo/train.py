@@ -32,7 +32,7 @@ from weights.load import Checkpoint, WeightsError, open_checkpoint
 HERE = Path(__file__).parent
 PLANS = {  # the last one's model is exported
     "sdxl": {"denoiser": Plan(steps=20000, batch=32, rate=6e-4)},
-    "sd3": {"coarse": Plan(steps=5000, batch=16, rate=1e-3, warmup=300, muon=3.0), "denoiser": Plan(steps=5500, batch=16, rate=8e-4, muon=3.0)},
+    "sd3": {"coarse": Plan(steps=6000, batch=16, rate=1e-3, warmup=300, muon=3.0), "denoiser": Plan(steps=9000, batch=16, rate=8e-4, muon=3.0)},
 }
 
 

@@ -1,4 +1,4 @@
-"""Stage one of the demo training: an 8x autoencoder for the scenes, and the latents that the denoiser learns from."""
+"""Stage two of the demo training: an 8x autoencoder for the scenes, and the latents that the denoiser learns from."""
 
 import math
 from pathlib import Path
