@@ -66,7 +66,7 @@ def paper_nested(
             return [Run("entry", text(0)), Run("exit", text(0), inside)]
         return [Run("down", text(ring), outside, at=ring), Run("up", text(ring), inside, at=ring)]
 
-    # between the rings `cut` and `cut` + 1; what goes in comes out again one ring further, so that it must leave a step earlier
+    # between the rings `cut` and `cut` + 1; what goes in is run on by ring `cut` + 1 a step later, so its last use comes a step earlier
     inwards = [(entry(text(cut), cut), cut, cut + 1) for cut in range(min(ranks - 1, left - 1))]
     outwards = [(inner(text(cut + 1), cut), cut + 1, cut) for cut in range(min(ranks - 1, left))]
     handed: list[Hand] = []
