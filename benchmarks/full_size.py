@@ -40,6 +40,7 @@ def size_width(config: UNetConfig) -> int:
 def fill(net: nn.Module) -> None:
     """Seeded random weights, quickly: matrices uniform, of variance 1 / fan-in; norms one, biases zero."""
     block = torch.rand(BLOCK, generator=torch.Generator().manual_seed(SEED)) * 2 - 1
+    block = block.to(next(net.parameters()).device)
     for name, tensor in net.state_dict().items():
         if tensor.ndim == 1:
             tensor.fill_(float(name.endswith("weight")))
@@ -87,7 +88,7 @@ def make_task(
     if weights:
         map_weights(net, Path(weights), dtype)
     elif torch.device(device).type != "meta":
-        net = net.to_empty(device="cpu")
+        net = net.to_empty(device=device)
         fill(net)
     told = texts(family, config, size, dtype)
     if family == "sdxl":  # pooled text, then the six sizes
@@ -99,7 +100,7 @@ def make_task(
     told = {text: type(value)(*(t.to(device) for t in value)) for text, value in told.items()}
     channels = config.in_channels if family == "sdxl" else config.latent_channels
     noise = draw_noise(channels, size // FACTOR, size // FACTOR, SEED).to(device)
-    return Task(net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
+    return Task(net, (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
 
 
 def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False) -> tuple[Strategy, Settings]:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from weights.demo import loop
-from weights.demo.denoisers import FAMILIES, SD3Demo
+from weights.demo.denoisers import FAMILIES, PARTS, SD3Demo, reading_error
 from weights.demo.loop import Plan, Run
 from weights.demo.text_encoders import TextEncoders
 from weights.demo.train import begun
-from weights.demo.train_vae import Weights, autoencoder_loss
+from weights.demo.scenes import COLOURS, SHAPES
+from weights.demo.train_vae import Weights, autoencoder_loss, covered
 from weights.load import open_checkpoint
 
 PLAN = Plan(steps=12, batch=4, rate=1e-2, warmup=2, report_every=3, save_seconds=0.0)  # saves after every step
@@ -99,6 +100,25 @@ def test_single_latents_begin_where_patches_stand():
     resized = ("pos_embed", "x_embedder.", "final_layer.linear.")
     between = [{name: tensor for name, tensor in model.denoiser.state_dict().items() if not name.startswith(resized)} for model in (coarse, fine)]
     assert all(torch.equal(tensor, between[1][name]) for name, tensor in between[0].items())
+
+
+def test_reading_of_outlines_by_hand():
+    """A picture whose top left 8 x 8 pixels are covered, read by 2 x 2 cells with 4 x 4 parts each: what says so costs nothing, a part wrong costs."""
+    pictures = torch.zeros(1, 3, 32, 32)
+    pictures[:, 1, 1:9, 1:9] = 0.5  # the corner is the background's
+    counts = covered(pictures)
+    assert counts.dtype == torch.uint8 and counts[0, 0, 0] == 1 and counts[0, 1, 1] == 4 and counts.sum() == 64
+    pictures = torch.zeros(1, 3, 32, 32)
+    pictures[:, 1, 16:24, 8:12] = 0.5
+    shares = covered(pictures) / 4
+    sure = torch.full((1, 4, PARTS, PARTS), -50.0)
+    sure[0, 2, :2, 2] = 50.0  # of the lower left cell: rows 16 to 24, columns 8 to 12
+    scenes, rest = torch.zeros(1, 2, 4, dtype=torch.long), torch.zeros(1, 4, 1 + len(SHAPES) + len(COLOURS))
+    rest[..., 0] = rest[..., 1 + len(SHAPES)] = 100.0
+    read = torch.cat([rest, sure.flatten(2)], dim=2)
+    assert reading_error(read, scenes, shares, (0.5, 1.0)) < 1e-6
+    read[0, 2, -1] = 50.0
+    assert reading_error(read, scenes, shares, (0.5, 2.0)).item() == pytest.approx(2.0 * 50 / 64)
 
 
 class Nearest:

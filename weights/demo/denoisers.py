@@ -1,8 +1,9 @@
 """The two demo denoisers: sizes, conditioning, losses and a plain sampler for the samples.
 
-Besides the noise or the velocity, training asks the network's middle features what stands where in the scene (a linear
-layer that is thrown away afterwards). As with representation alignment (Yu et al. 2024, arXiv 2410.06940) the network
-then learns much sooner which word belongs to which place; here the scene itself is known, so no second network is needed.
+Besides the noise or the velocity, training asks the network's middle features what stands where in the scene, and demo-sd3's
+where its outlines run (a linear layer that is thrown away afterwards). As with representation alignment (Yu et al. 2024, arXiv
+2410.06940) the network then learns much sooner which word belongs to which place; here the scene itself is known, so no second
+network is needed.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import LongTensor, Tensor, nn
 
 from models.embeddings import sinusoid
@@ -19,7 +21,8 @@ from weights.demo.scenes import COLOURS, REACH, SHAPES, Scene
 from weights.demo.text_encoders import TextEncoders
 
 SIDE = 128
-READING = {"sdxl": 0.1, "sd3": 0.25}  # weight of the reading in the loss
+READING = {"sdxl": (0.1, 0.0), "sd3": (0.25, 1.0)}  # weights in the loss: of what stands where, of where outlines run
+PARTS = 4  # a side of a cell, for the outlines
 UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
         "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
 MMDIT = {"width": 192, "depth": 6, "heads": 3, "context_width": 256, "pooled_width": 256, "qk_norm": True}
@@ -32,10 +35,10 @@ class Reading(nn.Module):
     def __init__(self, denoiser: UNet | MMDiT, cut: int | tuple[int, int], width: int, cells: int):
         super().__init__()
         self.denoiser, self.cut, self.cells = denoiser, cut, cells
-        self.reader = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS))
+        self.reader = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS) + PARTS**2)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: UNetConditioning | MMDiTConditioning) -> tuple[Tensor, Tensor]:
-        """-> the denoiser's prediction and logits [B, cells^2, shapes + colours]."""
+        """-> the denoiser's prediction and logits [B, cells^2, shapes + colours + parts of a cell]."""
         crossing, local = self.denoiser.entry(x, t, conditioning, self.cut)
         middle = self.denoiser.inner(crossing, t, conditioning, self.cut)
         states = middle[0]  # U-Net (B, C, cells, cells), MMDiT (B, cells^2, C)
@@ -56,10 +59,17 @@ def cells(scene: Scene, side: int) -> Tensor:
     return labels
 
 
-def reading_error(read: Tensor, scenes: Tensor) -> Tensor:
-    """Cross entropy of logits [B, cells^2, shapes + colours] with labels [B, 2, cells^2], shape plus colour."""
-    parts = read.float().split([1 + len(SHAPES), len(COLOURS)], dim=2)
-    return sum(F.cross_entropy(part.flatten(0, 1), scenes[:, number].flatten()) for number, part in enumerate(parts))
+def reading_error(read: Tensor, scenes: Tensor, covered: Tensor, weights: tuple[float, float]) -> Tensor:
+    """What `Reading` gives, compared with what stands where and with the share of every part of a cell that is covered.
+
+    read: logits [B, cells^2, shapes + colours + parts]; scenes: labels [B, 2, cells^2]; covered: [B, side, side] in [0, 1].
+    """
+    shapes, colours, parts = read.float().split([1 + len(SHAPES), len(COLOURS), PARTS**2], dim=2)
+    labels = sum(F.cross_entropy(part.flatten(0, 1), scenes[:, number].flatten()) for number, part in enumerate((shapes, colours)))
+    cells = math.isqrt(read.shape[1])
+    shares = F.adaptive_avg_pool2d(covered, PARTS * cells)
+    shares = rearrange(shares, "b (y down) (x across) -> b (y x) (down across)", down=PARTS, across=PARTS)
+    return weights[0] * labels + weights[1] * F.binary_cross_entropy_with_logits(parts, shares)
 
 
 class SDXLDemo(nn.Module):
@@ -87,7 +97,7 @@ class SDXLDemo(nn.Module):
         return UNetConditioning(text=text, vector=vector)
 
     def loss(
-        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, empty: LongTensor,
+        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, covered: Tensor, empty: LongTensor,
         generator: torch.Generator
     ) -> Tensor:
         """Squared error of the noise with min-SNR weights, gamma 5 (Hang et al. 2023); 10% without caption.
@@ -105,7 +115,7 @@ class SDXLDemo(nn.Module):
         snr = a / (1 - a)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         weight = snr.clamp(max=5) / snr * snr.clamp(max=1) ** -0.5
-        return (error * weight).mean() + READING["sdxl"] * reading_error(read, scenes)
+        return (error * weight).mean() + reading_error(read, scenes, covered, READING["sdxl"])
 
     @torch.no_grad()
     def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
@@ -164,24 +174,23 @@ class SD3Demo(nn.Module):
         return MMDiTConditioning(text=text, pooled=torch.cat([pooled_l, pooled_g], dim=1))
 
     def loss(
-        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, empty: LongTensor,
+        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, covered: Tensor, empty: LongTensor,
         generator: torch.Generator
     ) -> Tensor:
-        """Squared error of the velocity; the logits of the times are normal with mean log 2 and deviation 1.5.
+        """Squared error of the velocity; the logits of the times are normal with mean 1.1 and deviation 1.2.
 
-        That is SD3's logit-normal rule with a shift of 2 towards noise, and wider: outlines are drawn in the last steps, below
-        0.5, where a deviation of 1 and a shift of 3 would put one time in seven. 10% go with the caption `empty`
-        [1, 3, LENGTH], SD3's rule for "no negative prompt", and 7% without T5.
+        That is SD3's logit-normal rule with the sampler's shift of 3 towards noise (log 3 = 1.1), and a little wider. 10% go with
+        the caption `empty` [1, 3, LENGTH], SD3's rule for "no negative prompt", and 7% without T5.
         """
         count = len(latents)
         drop = (torch.rand(count, generator=generator) < 0.1).to(ids.device)
         ids = torch.where(drop[:, None, None], empty, ids)
         keep_t5 = (torch.rand(count, generator=generator) >= 0.07).float().to(latents.device)
-        s = torch.sigmoid(math.log(2) + 1.5 * torch.randn(count, generator=generator)).to(latents.device)
+        s = torch.sigmoid(1.1 + 1.2 * torch.randn(count, generator=generator)).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = (1 - s)[:, None, None, None] * latents + s[:, None, None, None] * noise
         predicted, read = predict(noisy, 1000 * s, self.condition(ids, keep_t5))
-        return (predicted.float() - (noise - latents)).square().mean() + READING["sd3"] * reading_error(read, scenes)
+        return (predicted.float() - (noise - latents)).square().mean() + reading_error(read, scenes, covered, READING["sd3"])
 
     @torch.no_grad()
     def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:

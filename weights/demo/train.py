@@ -32,14 +32,15 @@ from weights.load import Checkpoint, WeightsError, open_checkpoint
 HERE = Path(__file__).parent
 PLANS = {  # the last one's model is exported
     "sdxl": {"denoiser": Plan(steps=20000, batch=32, rate=6e-4)},
-    "sd3": {"coarse": Plan(steps=6000, batch=16, rate=1e-3, warmup=300, muon=3.0), "denoiser": Plan(steps=9000, batch=16, rate=8e-4, muon=3.0)},
+    "sd3": {"coarse": Plan(steps=6000, batch=16, rate=1e-3, warmup=300, muon=3.0), "denoiser": Plan(steps=13900, batch=16, rate=8e-4, muon=3.0)},
 }
 
 
 def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: tuple, options: argparse.Namespace) -> None:
     """Trains to the end of the run's plan; `cache` is what `latent_cache` gives. Every 1,000 steps it makes pictures of 16 unseen
     captions, writes them side by side and prints the share of them that `checker.compare` finds right."""
-    latents, scaling, shift = cache
+    cached, scaling, shift = cache
+    latents, covered = cached["latents"], cached["covered"]
     device, folder = torch.device(options.device), options.weights
     ids = tokens([said("train", index) for index in range(len(latents))], folder)
     scenes = torch.stack([cells(sample("train", index)[0], model.reading.cells) for index in range(len(latents))])
@@ -52,7 +53,7 @@ def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: 
         chosen = torch.randint(len(latents), (run.plan.batch,), generator=generator)
         with half_precision(device):
             return model.loss(predict, latents[chosen].float().to(device), ids[chosen].to(device),
-                              scenes[chosen].to(device), empty, generator)
+                              scenes[chosen].to(device), covered[chosen].to(device) / 4, empty, generator)
 
     def show() -> None:
         told = tokens([caption for _, caption in unseen], folder).to(device)
@@ -114,8 +115,8 @@ def main() -> None:
         stages += ["text-encoders", f"{options.family}-vae"]
         train_text_encoders(encoders, options.weights, out, device, options.compile)
         autoencoder, psnr = train_autoencoder(options.family, out, device, options.vae_steps)
-    latents, scaling, shift = latent_cache(options.family, autoencoder, out)
-    print(f"autoencoder PSNR {psnr:.2f} dB, scaling {scaling}, shift {shift}, latents {tuple(latents.shape)}", flush=True)
+    cached, scaling, shift = latent_cache(options.family, autoencoder, out)
+    print(f"autoencoder PSNR {psnr:.2f} dB, scaling {scaling}, shift {shift}, latents {tuple(cached['latents'].shape)}", flush=True)
 
     torch.manual_seed(2)
     model = begun(options.family, encoders, given) if options.begin_with else FAMILIES[options.family](encoders)
@@ -125,7 +126,7 @@ def main() -> None:
         run = Run(model.reading, plan, out / f"{options.family}-{name}.safetensors")
         print(f"{name}: {sum(weight.numel() for weight in model.denoiser.parameters()) / 1e6:.1f} M parameters", flush=True)
         if not options.export:
-            train_denoiser(model, run, autoencoder, (latents, scaling, shift), options)
+            train_denoiser(model, run, autoencoder, (cached, scaling, shift), options)
         run.use_average()
     path = export(options.family, model, autoencoder, scaling, shift, options.weights)
     stages += [f"{options.family}-{name}" for name in plans]

@@ -123,22 +123,32 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
     return model.eval().requires_grad_(False), psnr(model)
 
 
+def covered(images: Tensor) -> Tensor:
+    """How many pixels of every 2 x 2 are not the background's, which has the corner: images [N, 3, S, S] -> uint8 [N, S/2, S/2]."""
+    away = (images - images[:, :, :1, :1]).abs().amax(dim=1) > 0.02
+    return (4 * F.avg_pool2d(away.float(), 2)).to(torch.uint8)
+
+
 @torch.no_grad()
-def latent_cache(family: str, model: Autoencoder, out: Path) -> tuple[Tensor, float, float]:
-    """Latents of the first training scenes, fp16 [N, C, 16, 16], normalised; and the (scaling, shift) that did it."""
+def latent_cache(family: str, model: Autoencoder, out: Path) -> tuple[dict[str, Tensor], float, float]:
+    """Of the first training scenes, and the (scaling, shift) that normalised the latents:
+
+    "latents" fp16 [N, C, 16, 16], "covered" uint8 [N, 64, 64], see there.
+    """
     path = out / f"{family}-latents.safetensors"
     if not path.exists():
         device = next(model.parameters()).device
-        parts = []
+        encoded, counts = [], []
         for start in range(0, LATENTS, 32):
             images = torch.stack([render(sample("train", index)[0], SIDE) for index in range(start, start + 32)])
-            parts.append(model.encode(images.to(device))[0].cpu())
+            encoded.append(model.encode(images.to(device))[0].cpu())
+            counts.append(covered(images))
             if start % 4096 == 0:
                 print(f"latents {start}/{LATENTS}", flush=True)
-        raw = torch.cat(parts)
+        raw = torch.cat(encoded)
         shift = 0.0 if family == "sdxl" else round(raw.mean().item(), 4)  # SDXL's rule has no shift
         scaling = round(1 / (raw - shift).square().mean().sqrt().item(), 5)
-        latents = ((raw - shift) * scaling).half()
-        write_safetensors({"latents": latents}, path, {"scaling": str(scaling), "shift": str(shift)})
+        tensors = {"latents": ((raw - shift) * scaling).half(), "covered": torch.cat(counts)}
+        write_safetensors(tensors, path, {"scaling": str(scaling), "shift": str(shift)})
     tensors, metadata = read_safetensors(path)
-    return tensors["latents"], float(metadata["scaling"]), float(metadata["shift"])
+    return tensors, float(metadata["scaling"]), float(metadata["shift"])
