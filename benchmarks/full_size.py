@@ -100,7 +100,7 @@ def make_task(
     told = {text: type(value)(*(t.to(device) for t in value)) for text, value in told.items()}
     channels = config.in_channels if family == "sdxl" else config.latent_channels
     noise = draw_noise(channels, size // FACTOR, size // FACTOR, SEED).to(device)
-    return Task(net, (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
+    return Task(net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
 
 
 def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False) -> tuple[Strategy, Settings]:

@@ -1,4 +1,4 @@
-"""The demo training: a run that was killed goes on as if it had not been, and a checkpoint can be trained on."""
+"""The demo training: a run that was killed goes on as if it had not been, a checkpoint can be trained on, the losses by hand."""
 
 from collections import OrderedDict
 from dataclasses import replace
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from weights.demo import loop
-from weights.demo.denoisers import FAMILIES, PARTS, SD3Demo, reading_error
+from weights.demo.denoisers import FAMILIES, PARTS, READING, SD3Demo, reading_error
 from weights.demo.loop import Plan, Run
-from weights.demo.text_encoders import TextEncoders
-from weights.demo.train import begun
 from weights.demo.scenes import COLOURS, SHAPES
+from weights.demo.text_encoders import LENGTH, TextEncoders
+from weights.demo.train import begun
 from weights.demo.train_vae import Weights, autoencoder_loss, covered
 from weights.load import open_checkpoint
 
@@ -102,23 +102,45 @@ def test_single_latents_begin_where_patches_stand():
     assert all(torch.equal(tensor, between[1][name]) for name, tensor in between[0].items())
 
 
-def test_reading_of_outlines_by_hand():
-    """A picture whose top left 8 x 8 pixels are covered, read by 2 x 2 cells with 4 x 4 parts each: what says so costs nothing, a part wrong costs."""
+def test_covered_pixels_are_counted():
+    """Of every 2 x 2; an object that begins at an odd pixel covers one of the four there."""
     pictures = torch.zeros(1, 3, 32, 32)
-    pictures[:, 1, 1:9, 1:9] = 0.5  # the corner is the background's
+    pictures[:, 1, 1:9, 1:9] = 0.5
     counts = covered(pictures)
     assert counts.dtype == torch.uint8 and counts[0, 0, 0] == 1 and counts[0, 1, 1] == 4 and counts.sum() == 64
+
+
+def test_reading_of_outlines_by_hand():
+    """Of 2 x 2 cells of 16 x 16 pixels, with 4 x 4 parts each, two parts of the lower left one are covered: to say so costs nothing, a part wrong costs."""
     pictures = torch.zeros(1, 3, 32, 32)
     pictures[:, 1, 16:24, 8:12] = 0.5
     shares = covered(pictures) / 4
     sure = torch.full((1, 4, PARTS, PARTS), -50.0)
-    sure[0, 2, :2, 2] = 50.0  # of the lower left cell: rows 16 to 24, columns 8 to 12
+    sure[0, 2, :2, 2] = 50.0
     scenes, rest = torch.zeros(1, 2, 4, dtype=torch.long), torch.zeros(1, 4, 1 + len(SHAPES) + len(COLOURS))
     rest[..., 0] = rest[..., 1 + len(SHAPES)] = 100.0
     read = torch.cat([rest, sure.flatten(2)], dim=2)
     assert reading_error(read, scenes, shares, (0.5, 1.0)) < 1e-6
     read[0, 2, -1] = 50.0
     assert reading_error(read, scenes, shares, (0.5, 2.0)).item() == pytest.approx(2.0 * 50 / 64)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_one_step_of_a_denoiser(family):
+    """A finite loss, which has a gradient in every weight of the last layer and in the reader's rows that count."""
+    torch.manual_seed(0)
+    encoders = TextEncoders(100, 100).requires_grad_(False)
+    model = FAMILIES[family](encoders)
+    side, channels = model.reading.cells, model.latent_channels
+    ids, empty = torch.randint(100, (2, 3, LENGTH)), torch.zeros(1, 3, LENGTH, dtype=torch.long)
+    scenes, shares = torch.zeros(2, 2, side**2, dtype=torch.long), torch.rand(2, 64, 64)
+    loss = model.loss(model.reading, torch.randn(2, channels, 16, 16), ids, scenes, shares, empty, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite()
+    standing, outlines = model.reading.reader.weight.grad.split([1 + len(SHAPES) + len(COLOURS), PARTS**2])
+    assert standing.abs().sum() > 0 and (outlines.abs().sum() > 0) == (READING[family][1] > 0)
+    last = model.denoiser.out[2] if family == "sdxl" else model.denoiser.final_layer.linear
+    assert last.weight.grad.abs().sum() > 0
 
 
 class Nearest:

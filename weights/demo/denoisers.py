@@ -21,7 +21,7 @@ from weights.demo.scenes import COLOURS, REACH, SHAPES, Scene
 from weights.demo.text_encoders import TextEncoders
 
 SIDE = 128
-READING = {"sdxl": (0.1, 0.0), "sd3": (0.25, 1.0)}  # weights in the loss: of what stands where, of where outlines run
+READING = {"sdxl": (0.1, 0.0), "sd3": (0.25, 1.0)}  # weights in the loss: what stands where, where outlines run (not tried for SDXL)
 PARTS = 4  # a side of a cell, for the outlines
 UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
         "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
@@ -62,14 +62,14 @@ def cells(scene: Scene, side: int) -> Tensor:
 def reading_error(read: Tensor, scenes: Tensor, covered: Tensor, weights: tuple[float, float]) -> Tensor:
     """What `Reading` gives, compared with what stands where and with the share of every part of a cell that is covered.
 
-    read: logits [B, cells^2, shapes + colours + parts]; scenes: labels [B, 2, cells^2]; covered: [B, side, side] in [0, 1].
+    read: logits [B, side^2, shapes + colours + parts]; scenes: labels [B, 2, side^2] (`cells`); covered: in [0, 1], [B, 64, 64];
+    weights: of both comparisons, see READING.
     """
-    shapes, colours, parts = read.float().split([1 + len(SHAPES), len(COLOURS), PARTS**2], dim=2)
-    labels = sum(F.cross_entropy(part.flatten(0, 1), scenes[:, number].flatten()) for number, part in enumerate((shapes, colours)))
-    cells = math.isqrt(read.shape[1])
-    shares = F.adaptive_avg_pool2d(covered, PARTS * cells)
-    shares = rearrange(shares, "b (y down) (x across) -> b (y x) (down across)", down=PARTS, across=PARTS)
-    return weights[0] * labels + weights[1] * F.binary_cross_entropy_with_logits(parts, shares)
+    shapes, colours, parts = (part.flatten(0, 1) for part in read.float().split([1 + len(SHAPES), len(COLOURS), PARTS**2], dim=2))
+    standing = F.cross_entropy(shapes, scenes[:, 0].flatten()) + F.cross_entropy(colours, scenes[:, 1].flatten())
+    shares = F.adaptive_avg_pool2d(covered, PARTS * math.isqrt(read.shape[1]))
+    shares = rearrange(shares, "b (y down) (x across) -> (b y x) (down across)", down=PARTS, across=PARTS)
+    return weights[0] * standing + weights[1] * F.binary_cross_entropy_with_logits(parts, shares)
 
 
 class SDXLDemo(nn.Module):

@@ -1,4 +1,4 @@
-"""Stage two of the demo training: an 8x autoencoder for the scenes, and the latents that the denoiser learns from."""
+"""Stage two of the demo training: an 8x autoencoder for the scenes, the latents that the denoiser learns from, and what is covered in them."""
 
 import math
 from pathlib import Path
@@ -124,18 +124,15 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
 
 
 def covered(images: Tensor) -> Tensor:
-    """How many pixels of every 2 x 2 are not the background's, which has the corner: images [N, 3, S, S] -> uint8 [N, S/2, S/2]."""
+    """How many pixels of every 2 x 2 differ from the top left one, which is the background's: images [N, 3, S, S] -> uint8 [N, S/2, S/2]."""
     away = (images - images[:, :, :1, :1]).abs().amax(dim=1) > 0.02
-    return (4 * F.avg_pool2d(away.float(), 2)).to(torch.uint8)
+    return F.avg_pool2d(away.float(), 2, divisor_override=1).to(torch.uint8)
 
 
 @torch.no_grad()
 def latent_cache(family: str, model: Autoencoder, out: Path) -> tuple[dict[str, Tensor], float, float]:
-    """Of the first training scenes, and the (scaling, shift) that normalised the latents:
-
-    "latents" fp16 [N, C, 16, 16], "covered" uint8 [N, 64, 64], see there.
-    """
-    path = out / f"{family}-latents.safetensors"
+    """Of the first training scenes "latents", fp16 [N, C, 16, 16], normalised, and "covered", uint8 [N, 64, 64]; the scaling and the shift."""
+    path = out / f"{family}-scenes.safetensors"
     if not path.exists():
         device = next(model.parameters()).device
         encoded, counts = [], []
