@@ -14,13 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.fidelity import Row, Studio, conditions_of, parser_of  # noqa: E402
+from benchmarks.fidelity import Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
 from benchmarks.full_size import in_words, table  # noqa: E402
 from hybridiff.page import psnr  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
 from hybridiff.switching import find_switch  # noqa: E402
 from weights.demo.checker import compare, shares  # noqa: E402
-from weights.load import open_checkpoint  # noqa: E402
 
 FEWER = (35, 28, 20, 14, 10, 7, 5)
 GUIDANCES = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 12.0)
@@ -101,11 +100,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG or SVG (needs matplotlib)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    conditions = conditions_of(args, steps=args.steps)
+    checkpoints = checkpoints_of(args)
+    conditions = conditions_of(args, checkpoints, steps=args.steps)
     print(in_words(conditions))
     measured = {}
-    for family in args.family:
-        studio = Studio(open_checkpoint(args.weights or f"demo-{family}"), args.prompts, [args.seed])
+    for family, checkpoint in checkpoints.items():
+        studio = Studio(checkpoint, args.prompts, [args.seed])
         measured[family] = observe(studio, args.steps)
         print(f"\n## {family}, guidance {studio.guidance:g}\n\n{tell(measured[family], args.steps)}", flush=True)
     if args.json:

@@ -2,8 +2,8 @@
 
 Makes a picture of every unseen prompt with every row's settings, compares it with the picture by `serial` (PSNR and SSIM of the
 8-bit images) and lets `weights/demo/checker.py` look whether it shows what was asked for. One process plays both ranks, which
-gives the ranks' pictures bit for bit. Rows: the paper's strategy with k = 5, 10, 20, 30, condition partitioning, and condition partitioning
-with so many steps fewer that it is ideally as fast. With --json each row is written when it is there, and the command goes on from it.
+gives the ranks' pictures bit for bit. Rows: one device, the paper's strategy with k = 5, 10, 20, 30, condition partitioning, and condition
+partitioning with so many steps fewer that it is ideally as fast. With --json each row is written when it is there, and the command goes on from it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from weights.demo.checker import compare, shares  # noqa: E402
 from weights.demo.scenes import sample  # noqa: E402
 from weights.load import Checkpoint, open_checkpoint  # noqa: E402
 
-SIDE = 128
+SIDE = 128  # pixels, where the checkpoint names no size
 EQUAL = 100.0  # dB, what an equal picture counts as in a mean
 
 
@@ -65,14 +65,15 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 class Studio:
-    """A checkpoint with everything that its pictures share: prompts, their conditioning, the networks, the reference pictures."""
+    """A checkpoint with everything that its pictures share: prompts (chosen by the first seed), their conditioning, the networks, the reference pictures."""
 
     def __init__(self, checkpoint: Checkpoint, prompts: int, seeds: list[int]):
         self.checkpoint = checkpoint
         self.guidance = checkpoint.defaults.get("guidance", GUIDANCE[checkpoint.family])
-        self.drawn = [sample("prompts of 9", index) for index in range(prompts)]
+        self.drawn = [sample(f"prompts of {9 + seeds[0]}", index) for index in range(prompts)]
         self.jobs = [(index, seed) for seed in seeds for index in range(prompts)]
-        where = SIDE, SIDE, torch.device("cpu"), torch.float32
+        self.height, self.width = (checkpoint.defaults.get(name, SIDE) for name in ("height", "width"))
+        where = self.height, self.width, torch.device("cpu"), torch.float32
         self.told = [encode(checkpoint, caption, None, *where) for _, caption in self.drawn]
         self.denoiser = checkpoint.load("denoiser", torch.float32, torch.device("cpu"))
         self.references: dict[tuple, list[Tensor]] = {}
@@ -81,7 +82,7 @@ class Studio:
     def task(self, row: Row, index: int, seed: int, guidance: float | None = None) -> Task:
         """What there is to do for one picture."""
         family, vae = self.checkpoint.family, self.checkpoint.config("vae")
-        noise = draw_noise(vae.latent_channels, SIDE // vae.factor, SIDE // vae.factor, 1000 * seed + index)
+        noise = draw_noise(vae.latent_channels, self.height // vae.factor, self.width // vae.factor, 1000 * seed + index)
         sampler, cut = make_sampler(family, row.sampler, row.steps), strategies(family)[row.strategy].cuts(self.denoiser)
         return Task(self.denoiser, cut, sampler, self.told[index], guidance or self.guidance, noise)
 
@@ -131,6 +132,12 @@ class Studio:
         }  # fmt: skip
 
 
+def paper_row(family: str, steps: int, k: int) -> Row:
+    """The paper's strategy with k steps, by its own rule; its cap lies earlier where the k steps would pass the last one."""
+    rule = paper_rule(family, steps)
+    return Row(f"paper, k = {k}", "paper", steps, steps, replace(rule, interval=k, cap=max(1, min(rule.cap, steps - k - 1))))
+
+
 def fewer(speed_up: float, steps: int) -> int:
     """The steps with which condition partitioning is ideally at least as fast as that, over `steps` steps of serial."""
     return max(1, int(steps / speed_up * 2 + 1e-9))
@@ -173,32 +180,39 @@ def parser_of(words: str) -> argparse.ArgumentParser:
     """The options that both benchmarks of fidelity have."""
     parser = argparse.ArgumentParser(description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=("sdxl", "sd3"), default=["sdxl", "sd3"])
-    parser.add_argument("--weights", help="another checkpoint than the family's demo, made for the same prompts")
+    parser.add_argument("--weights", help="another checkpoint than the demos, made for the same prompts; its family is the only one then")
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="chooses the prompts and the noise")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
 
 
-def conditions_of(args: argparse.Namespace, **more: object) -> dict[str, object]:
+def checkpoints_of(args: argparse.Namespace) -> dict[str, Checkpoint]:
+    """Family -> checkpoint: the demos of the families asked for, or the one that was given."""
+    given = [open_checkpoint(name) for name in ([args.weights] if args.weights else [f"demo-{family}" for family in args.family])]
+    return {checkpoint.family: checkpoint for checkpoint in given}
+
+
+def conditions_of(args: argparse.Namespace, checkpoints: dict[str, Checkpoint], **more: object) -> dict[str, object]:
     """What the figures depend on."""
-    return machine() | {"prompts": args.prompts, "seed": args.seed, "size": SIDE, "dtype": "float32", "weights": args.weights or "demo"} | more
+    digests = {family: checkpoint.digest()[:12] for family, checkpoint in checkpoints.items()}
+    return machine() | {"prompts": args.prompts, "seed": args.seed, "dtype": "float32", "weights": digests} | more
 
 
 def main() -> None:
     args = parser_of(__doc__.split("\n")[0]).parse_args()
     torch.set_num_threads(args.threads)
-    results = Results(args.json, conditions_of(args, steps=args.steps))
+    checkpoints = checkpoints_of(args)
+    results = Results(args.json, conditions_of(args, checkpoints, steps=args.steps))
     print(in_words(results.conditions))
     print("\nPSNR and SSIM are those against `serial` with all steps; an equal picture counts as 100 dB. Speed-ups are ideal, over `serial`.")
-    for family in args.family:
-        studio = Studio(open_checkpoint(args.weights or f"demo-{family}"), args.prompts, [args.seed])
-        rows = [Row("serial", "serial", args.steps, args.steps), Row("condition", "condition", args.steps, args.steps)]
+    for family, checkpoint in checkpoints.items():
+        studio = Studio(checkpoint, args.prompts, [args.seed])
+        rows = [Row(name, name, args.steps, args.steps) for name in ("serial", "batched", "condition")]
         for k in INTERVALS:
-            rule = replace(paper_rule(family, args.steps), interval=k)
-            rows.append(Row(f"paper, k = {k}", "paper", args.steps, args.steps, rule))
+            rows.append(paper_row(family, args.steps, k))
             steps = fewer(results.get(studio, rows[-1])["speed-up"], args.steps)
             rows.append(Row(f"condition, {steps} steps", "condition", steps, args.steps))
         lines = [line(row, results.get(studio, row)) for row in rows]

@@ -8,7 +8,6 @@ The column "one device" is the speed-up of the same saving without the second ra
 
 import json
 import sys
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -16,12 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.fidelity import HEAD, Results, Row, Studio, conditions_of, fewer, line, parser_of  # noqa: E402
+from benchmarks.fidelity import HEAD, Results, Row, Studio, checkpoints_of, conditions_of, fewer, line, paper_row, parser_of  # noqa: E402
 from benchmarks.full_size import in_words, table  # noqa: E402
 from hybridiff.charts import tag  # noqa: E402
-from hybridiff.presets import PRESETS, paper_rule, usual_reuse  # noqa: E402
+from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
-from weights.load import open_checkpoint  # noqa: E402
 
 STEPS = (50, 28)
 SHARES = {  # of the steps that may be saved, see presets.usual_reuse
@@ -31,15 +29,14 @@ INTERVALS = (0.1, 0.2, 0.4, 0.6)  # k of the paper's strategy, as a share of the
 
 
 def rows_of(family: str, steps: int) -> list[Row]:
-    """All rows at a number of steps; fewer steps: as fast as the paper's 2.31, and as `balanced` and `fast`."""
-    rows = [Row("condition", "condition", steps, steps)]
-    for share in INTERVALS:
-        rule = replace(paper_rule(family, steps), interval=round(share * steps))
-        rows.append(Row(f"paper, k = {rule.interval}", "paper", steps, steps, rule))
+    """All rows at a number of steps; fewer steps: as fast as the paper's 2.31, and as each `step-extrapolation`."""
+    rows = [Row("condition", "condition", steps, steps), *(paper_row(family, steps, round(share * steps)) for share in INTERVALS)]
     presets = [usual_reuse(steps, PRESETS[name].share) for name in ("balanced", "fast")]
-    for count in sorted({fewer(2.31, steps), *(steps - reuse.count for reuse in presets)}, reverse=True):
+    saved = [usual_reuse(steps, share).count for share in SHARES["step-extrapolation"]]
+    for count in sorted({fewer(2.31, steps), *(steps - number for number in saved)}, reverse=True):
         rows.append(Row(f"condition, {count} steps", "condition", count, steps))
-        rows.append(Row(f"condition, {count} steps, dpmpp_2m", "condition", count, steps, sampler="dpmpp_2m"))
+        if count == fewer(2.31, steps) or steps - count in [reuse.count for reuse in presets]:
+            rows.append(Row(f"condition, {count} steps, dpmpp_2m", "condition", count, steps, sampler="dpmpp_2m"))
     for name, shares in SHARES.items():
         for share in shares:
             reuse = usual_reuse(steps, share)
@@ -128,13 +125,14 @@ def main() -> None:
     parser.set_defaults(steps=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = Results(args.json, conditions_of(args, seeds=args.seeds))
+    checkpoints = checkpoints_of(args)
+    results = Results(args.json, conditions_of(args, checkpoints, seeds=args.seeds))
     print(in_words(results.conditions))
     print("\nPSNR and SSIM are those against `serial` with all steps and the same sampler; an equal picture counts as 100 dB.")
     for name, preset in PRESETS.items():
         print(f"Preset {name}: {preset.strategy}, {preset.words}.")
     measured, seeds = {}, [args.seed + n for n in range(args.seeds)]
-    studios = {family: Studio(open_checkpoint(args.weights or f"demo-{family}"), args.prompts, seeds) for family in args.family}
+    studios = {family: Studio(checkpoint, args.prompts, seeds) for family, checkpoint in checkpoints.items()}
     for steps in (args.steps,) if args.steps else STEPS:
         for family, studio in studios.items():
             rows = rows_of(family, steps)

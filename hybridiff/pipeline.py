@@ -96,6 +96,8 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     elif world not in (None, 1) and request.strategy != "one-branch":
         possible = f"1 process{f' or {in_words(counts)} ranks' if counts != [1] else ''}{' with this network' if strategy.many else ''}"
         raise UsageError(f"--strategy {request.strategy} runs on {possible}, not on {world}: set --nproc_per_node so.")
+    if request.balance and request.strategy == "one-branch":
+        raise UsageError(f"--balance has nothing to balance where guidance {request.guidance:g} is none: leave it out, or give more --guidance.")
     if request.balance and (request.strategy != "paper" or world == 1):
         raise UsageError("--balance chooses where paper cuts the network for several ranks: add --strategy paper and start them by torchrun, or leave it out.")
     rule = request.rule

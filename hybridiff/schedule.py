@@ -29,6 +29,7 @@ class Value(NamedTuple):
 
     def __str__(self) -> str:
         name = f"{self.what}{'' if self.of else self.at or ''}.{self.text}".rstrip(".")
+        name += f" of block {self.block}" if self.what == "keys" else ""
         return name + (" ahead" if self.ahead else "") + (f" {self.at}/{self.of}" if self.of else "")
 
 
@@ -161,7 +162,7 @@ class Extrapolate:
     made: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"extrapolate {self.value} from step{'s' * (len(self.made) - 1)} {', '.join(map(str, self.made))}"
+        return f"extrapolate {self.value} from step{'s' * (len(self.made) > 1)} {', '.join(map(str, self.made))}"
 
 
 @dataclass(frozen=True)

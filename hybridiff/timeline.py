@@ -16,6 +16,8 @@ from hybridiff.segments import in_segments
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox
 
+ZOOM = 6  # steps of the middle stage that are drawn in detail, with those around them
+
 Costs = dict[str, float]  # unit of a Run -> cost of one run under one text, in units of the whole network
 
 
@@ -170,7 +172,8 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
             start = step
     pipelined = [step for step, plan in enumerate(plans) if plan.stage == "parallelism"]
     middle = pipelined[0] if pipelined else 1
-    shown = [bar for bar in bars if middle - 1 <= bar.step <= (pipelined[-1] if pipelined else 1) + 1]
+    last = min(pipelined[-1] if pipelined else 1, middle + ZOOM) + 1
+    shown = [bar for bar in bars if middle - 1 <= bar.step <= last]
     pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)")
     pieces.append(draw(shown, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)

@@ -64,7 +64,7 @@ class Transport:
         """Add a message to the count."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.sent[value.what] += size
-        trace(f"rank {sender} -> rank {to}: {value}, {size} bytes")
+        trace(f"step {self.step}: rank {sender} -> rank {to}: {value}, {size} bytes")
 
 
 class Mailbox(Transport):
@@ -84,7 +84,11 @@ class Mailbox(Transport):
         self.mail.setdefault((sender, to), deque()).append(tuple(tensors))
 
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
-        return self.mail[sender, to].popleft()
+        """The oldest message from `sender`, which must be what the receiver would have made room for."""
+        tensors = self.mail[sender, to].popleft()
+        sent = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        assert sent == list(shapes), f"rank {to} expected {value} as {shapes} from rank {sender}, which sent {sent}"
+        return tensors
 
     def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
         """Nothing to open within one process."""
@@ -254,7 +258,7 @@ class Ranks(Transport):
         for tensor in tensors:
             with self.waiting(f"{value} from rank {sender}"):
                 dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
-        trace(f"rank {to} <- rank {sender}: {value}")
+        trace(f"step {self.step}: rank {to} <- rank {sender}: {value}")
         return tuple(tensor.to(self.device) for tensor in tensors)
 
     def finish(self) -> Counter[str]:

@@ -14,7 +14,7 @@ from weights.demo.loop import Plan, Run
 from weights.demo.scenes import COLOURS, SHAPES
 from weights.demo.text_encoders import LENGTH, TextEncoders
 from weights.demo.train import begun
-from weights.demo.train_vae import Weights, autoencoder_loss, covered
+from weights.demo.train_vae import Weights, autoencoder_loss, covered, psnr
 from weights.load import open_checkpoint
 
 PLAN = Plan(steps=12, batch=4, rate=1e-2, warmup=2, report_every=3, save_seconds=0.0)  # saves after every step
@@ -82,6 +82,13 @@ def test_training_begins_with_a_checkpoint(family):
     given = open_checkpoint(f"demo-{family}")
     kept, state = given.load("denoiser", torch.float32).state_dict(), begun(family, TextEncoders(100, 100), given).denoiser.state_dict()
     assert state.keys() == kept.keys() and all(torch.equal(tensor, kept[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_autoencoders_alone_are_clean(family):
+    """32 dB or better on unseen scenes."""
+    with torch.inference_mode():
+        assert psnr(open_checkpoint(f"demo-{family}").load("vae", torch.float32), count=16) > 32
 
 
 def test_single_latents_begin_where_patches_stand():

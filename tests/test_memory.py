@@ -80,7 +80,7 @@ def test_a_decoder_needs_no_less_than_is_said():
 
 def test_the_report_tells_the_systems_figure(tmp_path: Path):
     """`close`: the highest resident set of the whole process, which the system tells when it has ended."""
-    options = ["--steps", "2", "--seed", "1", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
+    options = ["--steps", "2", "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
     between = """import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""  # a child of this process would count what this process has

@@ -17,7 +17,7 @@ from hybridiff.latents import save_both
 from hybridiff.report import write_whole
 
 SCRIPT = train_free_sample.__file__
-SMALL = ["--steps", "1", "--seed", "1", "--height", "128", "--width", "128"]
+SMALL = ["--steps", "1", "--seed", "1", "--height", "128", "--width", "128", "--device", "cpu"]
 TOLD = 7, {"prompt": "p"}
 
 
