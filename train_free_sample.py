@@ -140,7 +140,7 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
             say("the switch never came: every step was condition partitioning")
         for line in in_use(result.use):
             say(line)
-        say("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.seconds.items()))
+        say(f"seconds{' of the slowest rank' if transport.world > 1 else ''}: " + ", ".join(f"{phase} {max(seconds):.2f}" for phase, seconds in result.seconds.items()))
         say(f"exact: {report['exact']['words']}")
         say(f"bytes sent: {report['bytes_sent']['total']}")
         say(f"seed: {request.seed}")

@@ -249,7 +249,8 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         "seed": report["seed"],
     }
     cards = "".join(f"<div><span>{name}</span><b>{escape(str(value))}</b></div>" for name, value in facts.items())
-    phases = [[phase, f"{seconds:.2f}"] for phase, seconds in report["seconds"].items()]
+    phases = [[phase, *(f"{spent:.2f}" for spent in seconds)] for phase, seconds in report["seconds"].items()]
+    processes = [f"rank {rank}" for rank in range(settings["ranks"])] if settings["ranks"] > 1 else ["seconds"]
     plain = [[name, "" if value is None else value] for name, value in {**settings, **report["versions"]}.items()]
     body = [
         f"<h1>{prompt}</h1>",
@@ -264,7 +265,7 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         timeline_section(report, result),
         bytes_section(report),
         memory_section(report),
-        "<h2>Seconds by phase</h2>" + table(["phase", "seconds"], phases),
+        "<h2>Seconds by phase</h2>" + table(["phase", *processes], phases),
         "<h2>Settings and versions</h2>" + table([], plain, numbers=False),
         '<p class="soft">The method: Jung et al., Accelerating Diffusion via Hybrid Data-Pipeline Parallelism Based on Conditional '
         "Guidance Scheduling, arXiv 2602.21760. The same figures are in report.json beside this page.</p>",

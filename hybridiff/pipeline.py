@@ -60,7 +60,7 @@ class Result:
 
     image: Tensor | None  # (height, width, 3) uint8 on the CPU; may be None on ranks other than 0
     records: list[StepRecord]
-    seconds: dict[str, float]  # by phase
+    seconds: dict[str, list[float]]  # by phase, of every rank; "waiting" is that for the others before the first step and after decoding
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
     memory: list[dict]  # of every rank, see memory.MemoryWatch.told
@@ -236,6 +236,7 @@ def generate(
     except (UsageError, WeightsError) as error:
         problem = str(error)
     agree(transport, problem)  # the ranks begin together, so that their clocks agree
+    now = clock("waiting", now)
 
     vae, times = checkpoint.config("vae"), None
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
@@ -271,5 +272,9 @@ def generate(
     split = decoded_together(request, transport.world)
     here = split or transport.rank == 0
     image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
-    clock("decode", now)
-    return Result(image, records, seconds, dict(bytes_sent), bars, transport.gather(memory.told()), use)
+    now = clock("decode", now)
+    transport.gather("decoded")
+    clock("waiting", now)
+    told = transport.gather(seconds)
+    phases = {phase: [of_rank.get(phase, 0.0) for of_rank in told] for phase in seconds}
+    return Result(image, records, phases, dict(bytes_sent), bars, transport.gather(memory.told()), use)

@@ -53,7 +53,8 @@ def exactness(request: Request, result: Result, ranks: int) -> dict:
 def make_report(request: Request, result: Result, weights: str, ranks: int) -> dict:
     """The report: steps, tau1, tau2 (None where it never switched), seconds, bytes, seed, settings, versions.
 
-    "ranks" holds for every rank of the schedule and every step the measured seconds by what they went into.
+    "ranks" holds for every rank of the schedule and every step the measured seconds by what they went into, "seconds" those of
+    every process by phase.
     """
     steps = [
         {"stage": r.stage, "discrepancy": r.discrepancy, "slope": r.slope, "seconds": r.seconds}

@@ -56,7 +56,7 @@ def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatc
         assert len(told["ranks"]) == 2 and all(len(steps) == 12 for steps in told["ranks"])
     assert report["serial"]["equal"] is False and report["serial"]["psnr"] > 10 and "serial" not in played
     assert report["bytes_sent"]["total"] == sum(report["bytes_sent"]["by_operation"].values()) > 0
-    assert {"load", "text", "decode", *STAGES} <= report["seconds"].keys()
+    assert {"load", "text", "waiting", "decode", *STAGES} <= report["seconds"].keys() and all(len(told) == 2 for told in report["seconds"].values())
     for text in (said, ran.stdout):
         assert "seed: 3" in text and "bytes sent: " in text and "picture: " in text
     assert "warm-up -> parallelism" in ran.stdout and ran.stderr.count("fully-connecting") > 0
