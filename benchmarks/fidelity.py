@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.full_size import INTERVALS, in_words, machine, table  # noqa: E402
+from benchmarks.full_size import INTERVALS, in_words, machine, table, with_interval  # noqa: E402
 from hybridiff.denoise import Task, denoise  # noqa: E402
 from hybridiff.page import psnr  # noqa: E402
 from hybridiff.pipeline import GUIDANCE, decode, draw_noise  # noqa: E402
@@ -134,8 +134,7 @@ class Studio:
 
 def paper_row(family: str, steps: int, k: int) -> Row:
     """The paper's strategy with k steps, by its own rule; its cap lies earlier where the k steps would pass the last one."""
-    rule = paper_rule(family, steps)
-    return Row(f"paper, k = {k}", "paper", steps, steps, replace(rule, interval=k, cap=max(1, min(rule.cap, steps - k - 1))))
+    return Row(f"paper, k = {k}", "paper", steps, steps, with_interval(paper_rule(family, steps), steps, k))
 
 
 def fewer(speed_up: float, steps: int) -> int:

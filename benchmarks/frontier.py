@@ -32,10 +32,10 @@ def rows_of(family: str, steps: int) -> list[Row]:
     """All rows at a number of steps; fewer steps: as fast as the paper's 2.31, and as each `step-extrapolation`."""
     rows = [Row("condition", "condition", steps, steps), *(paper_row(family, steps, round(share * steps)) for share in INTERVALS)]
     presets = [usual_reuse(steps, PRESETS[name].share) for name in ("balanced", "fast")]
-    saved = [usual_reuse(steps, share).count for share in SHARES["step-extrapolation"]]
-    for count in sorted({fewer(2.31, steps), *(steps - number for number in saved)}, reverse=True):
+    in_both_orders = {fewer(2.31, steps), *(steps - reuse.count for reuse in presets)}
+    for count in sorted(in_both_orders | {steps - usual_reuse(steps, share).count for share in SHARES["step-extrapolation"]}, reverse=True):
         rows.append(Row(f"condition, {count} steps", "condition", count, steps))
-        if count == fewer(2.31, steps) or steps - count in [reuse.count for reuse in presets]:
+        if count in in_both_orders:
             rows.append(Row(f"condition, {count} steps, dpmpp_2m", "condition", count, steps, sampler="dpmpp_2m"))
     for name, shares in SHARES.items():
         for share in shares:

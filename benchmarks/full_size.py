@@ -2,6 +2,7 @@
 
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Sequence
 
@@ -103,6 +104,11 @@ def make_task(
     return Task(net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
 
 
+def with_interval(rule: SwitchRule, steps: int, k: int) -> SwitchRule:
+    """The rule with k pipelined steps; its cap lies earlier where they would pass the last step."""
+    return replace(rule, interval=k, cap=max(1, min(rule.cap, steps - k - 1)))
+
+
 def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False) -> tuple[Strategy, Settings]:
     """The strategy, on its usual number of ranks or another, and settings of a row: "serial", "batched", "condition", "paper-K", or a preset of ours.
 
@@ -114,8 +120,7 @@ def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: 
     else:
         name, _, k = row.partition("-")
         k = int(k or 5)
-        cap = max(1, min(PAPER_RULES[family].cap, steps - k - 1))
-        settings = Settings(steps, SwitchRule(window=steps + 1, slope=0.0, cap=cap, interval=k))
+        settings = Settings(steps, with_interval(SwitchRule(window=steps + 1, slope=0.0, cap=PAPER_RULES[family].cap), steps, k))
     strategy = strategies(family)[name]
     return strategy.on(ranks or strategy.ranks, (TINY if tiny else FULL)[family]), settings
 

@@ -13,7 +13,7 @@ from hybridiff.charts import discrepancy_chart, runs_of, slope_chart, timeline_c
 from hybridiff.pipeline import Request, Result
 from hybridiff.report import in_use, write_whole
 from hybridiff.switching import Switch, find_switch
-from hybridiff.timeline import ZOOM
+from hybridiff.timeline import detail
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6576; --paper: #fff; --card: #f5f6f8; --line: #d6dae1;
@@ -189,7 +189,7 @@ def timeline_section(report: dict, result: Result) -> str:
     pieces.append(timeline_chart(result.bars, ranks, stages))
     middle = [step for step, stage in enumerate(stages) if stage == "parallelism"]
     if middle:
-        first, last = max(0, middle[0] - 1), min(middle[-1] + 1, middle[0] + ZOOM + 1, len(stages) - 1)
+        first, last = (min(max(step, 0), len(stages) - 1) for step in detail(middle))
         pieces.append(f'<p class="soft">The same, only {span(first, last)}:</p>')
         pieces.append(timeline_chart([bar for bar in result.bars if first <= bar.step <= last], ranks, stages))
     rows = []

@@ -275,6 +275,6 @@ def generate(
     now = clock("decode", now)
     transport.gather("decoded")
     clock("waiting", now)
-    told = transport.gather(seconds)
-    phases = {phase: [of_rank.get(phase, 0.0) for of_rank in told] for phase in seconds}
-    return Result(image, records, phases, dict(bytes_sent), bars, transport.gather(memory.told()), use)
+    spent, memories = zip(*transport.gather((seconds, memory.told())))
+    phases = {phase: [of_rank.get(phase, 0.0) for of_rank in spent] for phase in seconds}
+    return Result(image, records, phases, dict(bytes_sent), bars, list(memories), use)

@@ -154,6 +154,11 @@ def total_bytes(plans: Sequence[StepPlan], task: Task) -> Counter[str]:
     return sum((bytes_sent(plan, task.size) for plan in plans), Counter())
 
 
+def detail(middle: Sequence[int]) -> tuple[int, int]:
+    """First and last step to draw in detail, given the steps of the middle stage: with the step before it and at most ZOOM after its first."""
+    return middle[0] - 1, min(middle[-1], middle[0] + ZOOM) + 1
+
+
 def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> str:
     """Every different step as a table of operations, a timeline around the switch, the ideal speed-up and the bytes."""
     plans = plan_all(strategy, settings)
@@ -170,10 +175,8 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
             span = f"step {start}" if step - start == 1 else f"steps {start} to {step - 1}"
             pieces.append(f"\n{span}, {plans[start].stage}\n{table(plans[start])}")
             start = step
-    pipelined = [step for step, plan in enumerate(plans) if plan.stage == "parallelism"]
-    middle = pipelined[0] if pipelined else 1
-    last = min(pipelined[-1] if pipelined else 1, middle + ZOOM) + 1
-    shown = [bar for bar in bars if middle - 1 <= bar.step <= last]
+    first, last = detail([step for step, plan in enumerate(plans) if plan.stage == "parallelism"] or [1])
+    shown = [bar for bar in bars if first <= bar.step <= last]
     pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)")
     pieces.append(draw(shown, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)
