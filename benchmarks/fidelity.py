@@ -1,7 +1,7 @@
 """What each strategy costs in fidelity, on the demo checkpoints: `python benchmarks/fidelity.py --prompts 32 --json FILE`.
 
 Makes a picture of every unseen prompt with every row's settings, compares it with the picture by `serial` (PSNR and SSIM of the
-8-bit images) and lets `weights/demo/checker.py` look whether it shows what was asked for. One process plays both ranks, which
+8-bit images) and lets `weights/demo/checker.py` look whether it shows what was asked for, in everything and attribute by attribute. One process plays both ranks, which
 gives the ranks' pictures bit for bit. Rows: one device, the paper's strategy with k = 5, 10, 20, 30, condition partitioning, and condition
 partitioning with so many steps fewer that it is ideally as fast. With --json each row is written when it is there, and the command goes on from it.
 """
@@ -32,7 +32,7 @@ from hybridiff.switching import SwitchRule  # noqa: E402
 from hybridiff.text import encode  # noqa: E402
 from hybridiff.timeline import length, part_costs, timeline  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
-from weights.demo.checker import compare, shares  # noqa: E402
+from weights.demo.checker import QUESTIONS, compare, shares  # noqa: E402
 from weights.demo.scenes import sample  # noqa: E402
 from weights.load import Checkpoint, open_checkpoint  # noqa: E402
 
@@ -76,7 +76,7 @@ class Studio:
         where = self.height, self.width, torch.device("cpu"), torch.float32
         self.told = [encode(checkpoint, caption, None, *where) for _, caption in self.drawn]
         self.denoiser = checkpoint.load("denoiser", torch.float32, torch.device("cpu"))
-        self.references: dict[tuple, list[Tensor]] = {}
+        self.references: dict[tuple, list[Tensor]] = {}  # by steps, sampler and guidance
         self.shares: dict[object, dict[str, float]] = {}  # cut -> part -> share
 
     def task(self, row: Row, index: int, seed: int, guidance: float | None = None) -> Task:
@@ -107,14 +107,14 @@ class Studio:
 
     def reference(self, row: Row) -> list[Tensor]:
         """The pictures by `serial` with the row's sampler and its full number of steps."""
-        key = (row.of, row.sampler)
+        key = (row.of, row.sampler, self.guidance)
         if key not in self.references:
             serial = Row("serial", "serial", row.of, row.of, sampler=row.sampler)
             self.references[key] = [self.picture(serial, self.task(serial, *job))[0] for job in self.jobs]
         return self.references[key]
 
     def measure(self, row: Row) -> dict[str, float]:
-        """What the row's pictures are like: speed-up, PSNR (mean and worst), SSIM, shares of right attributes."""
+        """What the row's pictures are like: speed-up, PSNR (mean and worst), SSIM, shares of pictures right in everything and in each attribute."""
         references, made, costs, verdicts = self.reference(row), [], [], []
         for index, seed in self.jobs:
             task = self.task(row, index, seed)
@@ -127,7 +127,7 @@ class Studio:
         right = shares(verdicts)
         return {
             "speed-up": 2 * row.of / mean(costs), "PSNR": mean(ratios), "worst PSNR": min(ratios), "SSIM": mean(likeness),
-            "worst SSIM": min(likeness), "equal": sum(map(torch.equal, made, references)), "right": right["everything"],
+            "worst SSIM": min(likeness), "equal": sum(map(torch.equal, made, references)), "right": right.pop("everything"), "attributes": right,
             "pictures": len(made),
         }  # fmt: skip
 
@@ -214,8 +214,9 @@ def main() -> None:
             rows.append(paper_row(family, args.steps, k))
             steps = fewer(results.get(studio, rows[-1])["speed-up"], args.steps)
             rows.append(Row(f"condition, {steps} steps", "condition", steps, args.steps))
-        lines = [line(row, results.get(studio, row)) for row in rows]
-        print(f"\n## {family}, guidance {studio.guidance:g}\n\n{table(HEAD, lines)}", flush=True)
+        found = [results.get(studio, row) for row in rows]
+        lines = [[*line(row, got), *(f"{got['attributes'][name]:.0%}" for name in QUESTIONS)] for row, got in zip(rows, found)]
+        print(f"\n## {family}, guidance {studio.guidance:g}\n\n{table([*HEAD, *QUESTIONS], lines)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from models.unet import UNet, UNetConditioning, UNetConfig
 
 FAMILIES = ("sdxl", "sd3")
 INTERVALS = (5, 10, 20, 30)  # k, as in the paper's Table 4
+SHARES = {"inner-reuse": (1 / 3, 2 / 3), "guided-pipeline": (1 / 3, 2 / 3, 1)}  # of the steps that may be saved, see presets.usual_reuse
 FACTOR = 8  # pixels a side of one latent
 SEED, BLOCK = 0, 2**24  # of the random values, and how many are drawn before they repeat
 FULL = {"sdxl": UNetConfig(), "sd3": MMDiTConfig()}
@@ -110,17 +111,19 @@ def with_interval(rule: SwitchRule, steps: int, k: int) -> SwitchRule:
 
 
 def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False) -> tuple[Strategy, Settings]:
-    """The strategy, on its usual number of ranks or another, and settings of a row: "serial", "batched", "condition", "paper-K", or a preset of ours.
+    """The strategy, on its usual number of ranks or another, and settings of a row: "serial", "batched", "condition", "paper-K", a preset of ours, or
+    "inner-reuse-N" or "guided-pipeline-N" with N saved steps.
 
     The switch comes by the cap, so that it does not depend on what the networks predict: the paper's cap, or earlier where
     the k + 1 pipelined steps would else pass the last step.
     """
+    name, _, number = row.rpartition("-") if row[-1].isdigit() else (row, "", "5")
     if row in ("balanced", "fast"):
         name, settings = PRESETS[row].strategy, Settings(steps, reuse=usual_reuse(steps, PRESETS[row].share))
+    elif name in SHARES:
+        settings = Settings(steps, reuse=replace(usual_reuse(steps, 0.0), count=int(number)))
     else:
-        name, _, k = row.partition("-")
-        k = int(k or 5)
-        settings = Settings(steps, with_interval(SwitchRule(window=steps + 1, slope=0.0, cap=PAPER_RULES[family].cap), steps, k))
+        settings = Settings(steps, with_interval(SwitchRule(window=steps + 1, slope=0.0, cap=PAPER_RULES[family].cap), steps, int(number)))
     strategy = strategies(family)[name]
     return strategy.on(ranks or strategy.ranks, (TINY if tiny else FULL)[family]), settings
 

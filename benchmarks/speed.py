@@ -3,10 +3,10 @@
 The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights on the CPU, in bf16 if
 it multiplies that faster, else in fp32 (10 GB for SDXL, which the ranks share as a file in the temporary folder), one thread a rank. Rows:
 `serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, the presets `balanced` and `fast`, `paper-K` (K pipelined
-steps after the one that fills) and `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K) on two.
-Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's arithmetic from part
-times taken with as many ranks busy, of which the slower counts; messages are free. With --cuda, part times there and from them a predicted latency
-on two such devices.
+steps after the one that fills), `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K), `inner-reuse-N` and
+`guided-pipeline-N` (N saved steps) on two. Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's
+arithmetic from the times of the parts that a row uses, taken by the same processes right before and after the row, of which the slower rank's counts;
+messages are free. With --cuda, part times there and from them a predicted latency on two such devices.
 """
 
 import argparse
@@ -24,20 +24,26 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
-from benchmarks.timed import PARTS, on_ranks, parts_on_cuda  # noqa: E402
-from hybridiff.presets import PRESETS  # noqa: E402
+from benchmarks.full_size import FAMILIES, INTERVALS, SHARES, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
+from benchmarks.timed import PARTS, on_ranks_with_task, parts_on_cuda, time_diffusers, time_run, warm_parts  # noqa: E402
+from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.schedule import StepPlan  # noqa: E402
 from hybridiff.timeline import length, message_bytes, plan_all, timeline  # noqa: E402
 from weights.demo.loop import bf16_pays  # noqa: E402
 
-ROWS = ("serial", "batched", "diffusers", "condition", "balanced", "fast", *(f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS))
 SIZES = {"sdxl": 512, "sd3": 256}  # of the whole runs
 LINKS = {  # bytes a second in one direction, seconds a message; assumed, the bandwidths are nominal
     "NVLink 4, 450 GB/s": (450e9, 10e-6),
     "PCIe 4.0 x16, 32 GB/s": (32e9, 20e-6),
 }
+
+
+def rows_of(steps: int) -> tuple[str, ...]:
+    """The rows that there are at a number of steps."""
+    paced = [f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS]
+    saved = [f"{name}-{usual_reuse(steps, share).count}" for name, shares in SHARES.items() for share in shares]
+    return ("serial", "batched", "diffusers", "condition", "balanced", "fast", *paced, *dict.fromkeys(saved))
 
 
 def plans_of(family: str, row: str, steps: int) -> list[StepPlan]:
@@ -51,6 +57,11 @@ def ideal(plans: Sequence[StepPlan], parts: dict[str, float], delays: dict[str, 
     batched = any("(both)" in str(operation) for operation in plans[0].operations[0])
     costs = parts | ({"whole": parts["whole, batch 2"] / 2} if batched else {})
     return length(timeline(plans, costs, delays))
+
+
+def parts_used(plans: Sequence[StepPlan]) -> list[str]:
+    """Those of `timed.PARTS` that a schedule consists of."""
+    return sorted({f"{run.part}, batch 2" if run.text == "both" else run.part for plan in plans for run in plan.runs()})
 
 
 def steps_of(family: str, row: str, steps: int, parts: dict[str, float]) -> int:
@@ -97,8 +108,13 @@ class Results:
 
 
 def where_of(family: str, size: int, steps: int, args: argparse.Namespace) -> dict[str, object]:
-    """What a rank makes its task from, see `timed.on_rank`."""
+    """What a rank makes its task from, see `timed.with_task`."""
     return {"family": family, "size": size, "steps": steps, "dtype": args.dtype, "tiny": args.tiny, "weights": str(args.folder / family)}
+
+
+def slower(each: Sequence[dict[str, list[float]]]) -> dict[str, float]:
+    """Seconds of each part until the slowest rank has it, medians, from every rank's times."""
+    return {part: median(map(max, zip(*(seconds[part] for seconds in each)))) for part in each[0]}
 
 
 def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -108,37 +124,35 @@ def measure_parts(results: Results, family: str, size: int, args: argparse.Names
     def measure() -> dict:
         busy = {}
         for ranks in (1, 2):
-            each = on_ranks(ranks, where, "parts", repeats=args.repeats)
-            busy[f"{ranks} ranks busy" if ranks > 1 else "1 rank busy"] = {
-                part: median(map(max, zip(*(seconds[part] for seconds in each)))) for part in PARTS
-            }
+            busy[f"{ranks} ranks busy" if ranks > 1 else "1 rank busy"] = slower(on_ranks_with_task(ranks, where, warm_parts, repeats=args.repeats))
         return busy
 
     return results.once(f"{family} {size} parts", measure)
 
 
 def measure_row(results: Results, family: str, size: int, row: str, parts: dict, args: argparse.Namespace) -> dict:
-    """One row: seconds measured and ideal, speed of every step, bytes."""
+    """One row: seconds measured and ideal, of every step and of the parts, bytes. `parts`: by them fewer-K has its steps."""
 
     def measure() -> dict:
         ranks = 1 if row in ("serial", "batched", "diffusers") else 2
-        busy = parts["1 rank busy" if ranks == 1 else "2 ranks busy"]
         steps = steps_of(family, row, args.steps, parts["2 ranks busy"])
         plans = plans_of(family, row, steps)
         alike = len(set(plans)) == 1  # every step does the same work, so that some stand for all
         run = min(steps, args.alike) if alike and args.alike else steps
         where = where_of(family, size, run, args)
         if row == "diffusers":
-            each = on_ranks(1, where, "diffusers")
+            each = on_ranks_with_task(1, where, time_diffusers, family=family, size=size, steps=run)
         else:
             strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, run)
-            each = on_ranks(ranks, where, "run", strategy=strategy, settings=settings)
+            details = {"strategy": strategy, "settings": settings, "repeats": args.repeats, "wanted": parts_used(plans)}
+            each = on_ranks_with_task(ranks, where, time_run, **details)
         if not all(result["finite"] for result in each):
             raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing and are not kept.")
-        by_ideal = None if row == "diffusers" else ideal(plans, busy)
+        beside = None if row == "diffusers" else slower([result["parts"] for result in each])
         return {
             "ranks": ranks, "steps": steps, "steps run": run, "total": max(result["total"] for result in each) * steps / run,
-            "medians": max(by_medians(result["seconds"], plans[:run]) for result in each) * steps / run, "ideal": by_ideal,
+            "medians": max(by_medians(result["seconds"], plans[:run]) for result in each) * steps / run,
+            "ideal": ideal(plans, beside) if beside else None, "parts beside it": beside,
             "bytes": {kind: count * steps // run for kind, count in each[0]["bytes"].items()}, "seconds of each step": [result["seconds"] for result in each],
             **({"distance from our prediction": each[0]["difference"]} if row == "diffusers" else {}),
         }  # fmt: skip
@@ -214,7 +228,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="pixels a side of the whole runs; default 512 for sdxl, 256 for sd3")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--alike", type=int, metavar="N", help="of rows whose steps all do the same work, run N and multiply")
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="*", metavar="ROW", help=f"with 50 steps of {', '.join(rows_of(50))}")
     parser.add_argument("--part-sizes", nargs="*", type=int, default=[256, 512, 1024], metavar="SIZE")
     parser.add_argument("--repeats", type=int, default=5, help="of every part")
     parser.add_argument("--cuda", nargs="*", type=int, metavar="SIZE", help="part times on CUDA; default 1024 2048 2560")
@@ -227,6 +241,11 @@ def arguments() -> argparse.Namespace:
             parser.error(f"a side of {size} pixels does not fit the networks: give a multiple of 32 from 32 to 3072.")
     if not 2 <= args.steps < 1000 or args.repeats < 1 or (args.alike is not None and args.alike < 1):
         parser.error("give 2 to 999 --steps and at least one of --repeats and --alike.")
+    known = rows_of(args.steps)
+    for row in args.rows or ():
+        if row not in known:
+            parser.error(f"--rows: there is no {row} with {args.steps} steps; give some of {', '.join(known)}.")
+    args.rows = [row for row in known if args.rows is None or row in args.rows]
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist; make it or give another.")
     if args.cuda and not torch.cuda.is_available():
@@ -240,7 +259,7 @@ def main() -> int:
     conditions = machine() | {
         "text tokens": TOKENS, "networks": "tiny" if args.tiny else "full size", "dtype": f"{args.dtype} on the CPU".removeprefix("torch."),
         "threads a rank": 1, "steps run of rows whose steps are alike": args.alike or "all", "repeats of a part": args.repeats, "switch": "by the cap",
-        **{row: PRESETS[row].words for row in ("balanced", "fast")},
+        "ideal": "from parts timed beside each row", **{row: PRESETS[row].words for row in ("balanced", "fast")},
     }  # fmt: skip
     if torch.cuda.is_available():
         conditions["CUDA device"] = f"{torch.cuda.get_device_name()}, float16"
@@ -264,7 +283,7 @@ def measure_all(results: Results, args: argparse.Namespace) -> None:
         parts = {side: measure_parts(results, family, side, args) for side in wanted}
         if parts:
             print(f"\n## {family}: one evaluation of the network and its parts\n\n{show_parts(parts)}", flush=True)
-        rows = {row: measure_row(results, family, size, row, parts[size], args) for row in ROWS if row in args.rows}
+        rows = {row: measure_row(results, family, size, row, parts[size], args) for row in args.rows}
         if rows:
             print(f"\n## {family}: whole runs of {args.steps} steps at {size} x {size}\n\n{show_rows(rows)}", flush=True)
         predicted = {}

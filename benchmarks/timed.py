@@ -4,10 +4,11 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 import torch.multiprocessing as mp
@@ -22,12 +23,12 @@ PARTS = ("entry", "inner", "exit", "whole", "whole, batch 2")
 
 
 @torch.inference_mode()
-def time_parts(task: Task, transport: Transport, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each of PARTS, `repeats` times, after one run that does not count. All ranks start each together."""
+def time_parts(task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS) -> dict[str, list[float]]:
+    """Seconds of each of the wanted PARTS, `repeats` times. All ranks start each together."""
     net, cut, told, dtype = task.denoiser, task.cuts[0], task.conditioning["cond"], task.conditioning["cond"].text.dtype
     x, t = task.noise.to(dtype), task.sampler.timesteps[:1].to(task.noise.device)
     both = task.batch("both")
-    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS if part in wanted}
 
     def clock(part: str, run: Callable):
         transport.gather(None)
@@ -40,55 +41,78 @@ def time_parts(task: Task, transport: Transport, repeats: int) -> dict[str, list
         seconds[part].append(time.perf_counter() - start)
         return result
 
-    for _ in range(repeats + 1):
-        crossing, skips = clock("entry", lambda: net.entry(x, t, told, cut))
-        crossing = clock("inner", lambda: net.inner(crossing, t, told, cut))
-        clock("exit", lambda: net.exit(crossing, skips, t, told, cut))
-        clock("whole", lambda: net(x, t, told))
-        clock("whole, batch 2", lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both))
-    return {part: times[1:] for part, times in seconds.items()}
+    for _ in range(repeats):
+        if "inner" in wanted:
+            crossing, skips = clock("entry", lambda: net.entry(x, t, told, cut))
+            crossing = clock("inner", lambda: net.inner(crossing, t, told, cut))
+            clock("exit", lambda: net.exit(crossing, skips, t, told, cut))
+        if "whole" in wanted:
+            clock("whole", lambda: net(x, t, told))
+        if "whole, batch 2" in wanted:
+            clock("whole, batch 2", lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both))
+    return seconds
 
 
-def time_run(task: Task, transport: Transport, strategy: Strategy, settings: Settings) -> dict:
-    """Seconds of every step of a whole run and of all together, after one step that does not count; bytes over all ranks."""
-    list(denoise(task, strategy, Settings(1, settings.rule), transport))
-    transport.finish()
-    transport.sent.clear()
+def warm_parts(task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS) -> dict[str, list[float]]:
+    """The same after one run that does not count."""
+    return {part: times[1:] for part, times in time_parts(task, transport, repeats + 1, wanted).items()}
+
+
+def time_run(task: Task, transport: Transport, strategy: Strategy, settings: Settings, repeats: int, wanted: Sequence[str]) -> dict:
+    """Seconds of every step of a whole run and of all together; of the wanted parts, before and after it; bytes over all ranks.
+
+    The parts before it are all that warms it up: the first step also makes the first exchange.
+    """
+    task = replace(task, cuts=strategy.cuts(task.denoiser))
+    before = warm_parts(task, transport, repeats, wanted)
     transport.gather(None)  # all ranks start together
     start = time.perf_counter()
     records = list(denoise(task, strategy, settings, transport))
     total = time.perf_counter() - start
-    finite = bool(records[-1].latents.isfinite().all())
-    return {"seconds": [r.seconds for r in records], "total": total, "bytes": dict(transport.finish()), "finite": finite}
+    counted, finite = dict(transport.finish()), bool(records[-1].latents.isfinite().all())
+    after = time_parts(task, transport, repeats, wanted)
+    parts = {part: before[part] + after[part] for part in before}
+    return {"seconds": [r.seconds for r in records], "total": total, "parts": parts, "bytes": counted, "finite": finite}
 
 
-def on_rank(rank: int, ranks: int, port: int, folder: str, where: dict, work: str, details: dict) -> None:
-    """Body of a rank. `where`: family, size, steps, dtype, tiny, weights; `work`: "parts", "run" or "diffusers"."""
+def time_diffusers(task: Task, transport: Transport, family: str, size: int, steps: int) -> dict:
+    """The same of diffusers' own pipeline on one rank."""
+    from benchmarks import diffusers_loop
+
+    return diffusers_loop.run(task, family, size, steps)
+
+
+def on_rank(rank: int, ranks: int, port: int, folder: str, body: Callable, given: tuple) -> None:
+    """A process of `on_ranks`."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    task = make_task(device="cpu", **where)
-    if work == "diffusers":
-        from benchmarks import diffusers_loop
-
-        result = diffusers_loop.run(task, where["family"], where["size"], where["steps"])
-    else:
-        transport = connect(timedelta(hours=1))
-        transport.open_lanes(torch.device("cpu"))
-        result = (time_parts if work == "parts" else time_run)(task, transport, **details)
-        disconnect()
+    transport = connect(timedelta(hours=1))
+    transport.open_lanes(torch.device("cpu"))
+    result = body(transport, *given)
+    disconnect()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
 
 
-def on_ranks(ranks: int, where: dict, work: str, **details: object) -> list[dict]:
-    """The results of all ranks, from processes of their own, which share the memory of the weights."""
+def on_ranks(ranks: int, body: Callable, *given: object) -> list:
+    """What body(transport, *given) returns on every rank, as JSON has it; each is a process of its own with one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(on_rank, (ranks, free_port(1), folder, body, given), nprocs=ranks)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def with_task(transport: Transport, where: dict, work: Callable, details: dict) -> dict:
+    """Body of a rank: makes its task from `where` (family, size, steps, dtype, tiny, weights) and does its work."""
+    return work(make_task(device="cpu", **where), transport, **details)
+
+
+def on_ranks_with_task(ranks: int, where: dict, work: Callable, **details: object) -> list[dict]:
+    """What work(task, transport, **details) returns on every rank; the ranks share the memory of the weights."""
     if not Path(where["weights"]).exists():
         make_task(device="cpu", **where)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, (ranks, free_port(1), folder, where, work, details), nprocs=ranks)
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return on_ranks(ranks, with_task, where, work, details)
 
 
 def parts_on_cuda(family: str, size: int, repeats: int, tiny: bool) -> dict[str, float]:
     """Seconds of each of PARTS in fp16 on the CUDA device, in this process: medians."""
-    seconds = time_parts(make_task(family, size, 1, torch.float16, tiny, "cuda"), Mailbox(), repeats)
+    seconds = warm_parts(make_task(family, size, 1, torch.float16, tiny, "cuda"), Mailbox(), repeats)
     return {part: median(times) for part, times in seconds.items()}

@@ -61,8 +61,15 @@ def nice(top: float) -> list[float]:
     return [unit * n for n in range(1, int(top / unit) + 1)]
 
 
+def cap_line(switch: Switch, steps: int, height: int) -> list[str]:
+    """A line where the cap decided."""
+    x = percent(min(switch.tau1, steps) / steps)
+    beside = {"dx": -4, "text_anchor": "end"} if switch.tau1 > steps / 2 else {"dx": 4}
+    return [tag("line", x1=x, x2=x, y1=0, y2=height, cls="rule"), tag("text", "cap", x=x, y=12, **beside)]
+
+
 def discrepancy_chart(values: Sequence[float | None], stages: Sequence[Stage], rule: SwitchRule, switch: Switch | None) -> str:
-    """The discrepancy of every step that measured it; where the slope decided, the chord over the window that decided."""
+    """The discrepancy of every step that measured it; where the slope decided, the chord over the window that decided, else the cap."""
     height, steps = 200, len(values)
     top = 1.15 * max((v for v in values if v is not None), default=1.0) or 1.0
 
@@ -80,6 +87,8 @@ def discrepancy_chart(values: Sequence[float | None], stages: Sequence[Stage], r
     known = [step for step in range(steps) if values[step] is not None]
     pieces += [line(a, b, "curve") for a, b in zip(known, known[1:]) if b == a + 1]
     pieces += [tag("circle", tag("title", f"step {s}: {values[s]:.4f}"), cx=at(s)[0], cy=at(s)[1], r=2.5, cls="dot") for s in known]
+    if switch and switch.reason == "cap":
+        pieces += cap_line(switch, steps, height)
     if switch and switch.reason == "slope":
         older = switch.tau1 - rule.window + 1
         pieces += [line(older, switch.tau1, "rule")]
@@ -100,9 +109,7 @@ def slope_chart(falls: Sequence[float | None], stages: Sequence[Stage], rule: Sw
     pieces.append(tag("text", f"g = {rule.slope:g}", x=4, y=down(rule.slope) - 3))
     pieces.append(tag("text", "0", x=4, y=down(0.0) + 13))
     if switch and switch.reason == "cap":
-        x = percent(min(switch.tau1, steps) / steps)
-        pieces.append(tag("line", x1=x, x2=x, y1=0, y2=height, cls="rule"))
-        pieces.append(tag("text", "cap", x=x, y=12, dx=-4, text_anchor="end"))
+        pieces += cap_line(switch, steps, height)
     for step, fall in enumerate(falls):
         if fall is not None:
             decided = switch is not None and switch.reason == "slope" and step == switch.tau1

@@ -46,14 +46,9 @@ th { font-weight: 600 } td { overflow-wrap: anywhere } .number { text-align: rig
   border-radius: 2px; margin-right: .35em; vertical-align: -.08em }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself refuses anything from outside
-STAGE_WORDS = {
-    "warm-up": "Each rank evaluates the whole network, one with the prompt and one without. They swap the two predictions. "
-    "The result is what one device would compute.",
-    "fully-connecting": "As in the warm-up again, so that guidance can settle the details.",
-}
 MIDDLE_WORDS = {  # of the stage "parallelism", by strategy
-    "paper": "From here the two predictions are treated as one. The network itself is cut in two, and each rank evaluates only its part, on "
-    "features that the other rank made one step earlier. There is one prediction and no guidance: cheaper, and no longer exact.",
+    "paper": "From here the two predictions are treated as one. The network itself is cut into as many parts as there are ranks, and each rank evaluates "
+    "only its own, on what other ranks made one step earlier. There is one prediction and no guidance: cheaper, and no longer exact.",
     "step-extrapolation": "Some steps, evenly spread, are not computed: their guided prediction is taken from the line through the last two computed ones. "
     "The steps between them are computed in full.",
     "inner-reuse": "In some steps, evenly spread, each rank evaluates only the outer parts of the network; the inner features are continued from the last two "
@@ -130,8 +125,19 @@ def stages_section(report: dict) -> str:
     for stage, a, b in runs_of([step["stage"] for step in report["steps"]]):
         spent = sum(step["seconds"] for step in report["steps"][a : b + 1])
         pieces.append(f'<p class="key"><span><i class="{stage}"></i><b>{stage}</b>, {span(a, b)}, {spent:.2f} s</span></p>')
-        pieces.append(f"<p>{STAGE_WORDS.get(stage) or MIDDLE_WORDS[report['settings']['strategy']]}</p>")
+        told = {"warm-up": full_step_words(report), "fully-connecting": "As in the warm-up again, so that guidance can settle the details."}
+        pieces.append(f"<p>{told.get(stage) or MIDDLE_WORDS[report['settings']['strategy']]}</p>")
     return "".join(pieces)
+
+
+def full_step_words(report: dict) -> str:
+    """What the ranks do where both branches are evaluated."""
+    ranks, divided = len(report["ranks"]), "keys" in report["bytes_sent"]["by_operation"]
+    share = "Each rank evaluates the whole network, one with the prompt and one without."
+    if ranks > 2:
+        share = "The first half of the ranks works without the prompt, the second with it. In each half "
+        share += "every rank evaluates its share of the picture and of the text." if divided else "one rank evaluates the whole network, the others wait."
+    return share + " They swap the two predictions. The result is what one device would compute" + (", but for rounding." if divided else ".")
 
 
 def why(switch: Switch | None, settings: dict) -> str:
@@ -146,7 +152,7 @@ def why(switch: Switch | None, settings: dict) -> str:
             f"average (the dashed line above, the ringed dot below): tau1 = {switch.tau1}, and tau2 = tau1 + {settings['interval']} = {switch.tau2}."
         )
     return (
-        f"The slope had not decided before step {switch.tau1}, so the cap did: tau1 = {switch.tau1}, and "
+        f"The slope had not decided before step {switch.tau1}, so the cap did (the upright dashed line): tau1 = {switch.tau1}, and "
         f"tau2 = tau1 + {settings['interval']} = {switch.tau2}."
     )
 
@@ -240,8 +246,10 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
     prompt = escape(settings["prompt"] or "(no prompt)")
     played = settings["ranks"] < len(report["ranks"])
     who = f"{len(report['ranks'])} ranks, played by one process" if played else f"{settings['ranks']} ranks" if settings["ranks"] > 1 else "one process"
+    faster = report["serial"]["seconds"] / denoising(report) if serial is not None and settings["ranks"] > 1 else None
     facts = {
         "seconds of denoising": f"{denoising(report):.2f}",
+        **({"times as fast as serial": f"{faster:.2f}"} if faster else {}),
         "steps": steps,
         "evaluated by": who,
         **({"tau1, tau2": f"{switch.tau1}, {switch.tau2}" if switch else "never switched"} if settings["strategy"] == "paper" else {}),

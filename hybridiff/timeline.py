@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridiff.clock import Bar
 from hybridiff.denoise import Task, Worker
-from hybridiff.schedule import Operation, Receive, Run, Send, StepPlan, Value, bytes_sent, entry, inner, interleave, keys
+from hybridiff.schedule import Extrapolate, Operation, Receive, Run, Send, StepPlan, Value, bytes_sent, entry, inner, interleave, keys
 from hybridiff.segments import in_segments
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox
@@ -160,7 +160,7 @@ def detail(middle: Sequence[int]) -> tuple[int, int]:
 
 
 def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> str:
-    """Every different step as a table of operations, a timeline around the switch, the ideal speed-up and the bytes."""
+    """Every kind of step as a table of operations, a timeline around the switch, the ideal speed-up and the bytes."""
     plans = plan_all(strategy, settings)
     costs = part_costs(task, plans)
     bars = timeline(plans, costs)
@@ -169,12 +169,7 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     parts = [run.unit for plan in plans for run in plan.runs() if run.part != "whole" and not run.of] if strategy.ranks > 2 else ()
     shares = ", ".join(f"{part} {costs[part]:.0%}" for part in dict.fromkeys(parts or ("entry", "inner", "exit")))
     pieces.append(f"shares of the network by floating-point operations: {shares}")
-    start = 0
-    for step in range(1, len(plans) + 1):
-        if step == len(plans) or plans[step] != plans[start]:
-            span = f"step {start}" if step - start == 1 else f"steps {start} to {step - 1}"
-            pieces.append(f"\n{span}, {plans[start].stage}\n{table(plans[start])}")
-            start = step
+    pieces += tables(plans)
     first, last = detail([step for step, plan in enumerate(plans) if plan.stage == "parallelism"] or [1])
     shown = [bar for bar in bars if first <= bar.step <= last]
     pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)")
@@ -184,6 +179,26 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     pieces += [idle] if (idle := idle_ranks(strategy, settings)) else []
     pieces.append(f"bytes sent: {sent.total():,} ({', '.join(f'{kind} {count:,}' for kind, count in sent.items())})")
     return "\n".join(pieces)
+
+
+def tables(plans: Sequence[StepPlan]) -> list[str]:
+    """Every kind of step as a table of operations, and in a line each stretch of steps that is of a kind told before."""
+    pieces: list[str] = []
+    told: dict[object, tuple[str, StepPlan]] = {}  # kind, whatever steps are extrapolated from -> the first steps of it
+    starts = [step for step, plan in enumerate(plans) if step == 0 or plan != plans[step - 1]]
+    for start, end in zip(starts, [*starts[1:], len(plans)]):
+        plan, span = plans[start], f"step {start}" if end - start == 1 else f"steps {start} to {end - 1}"
+        kind = tuple(tuple(op.value if isinstance(op, Extrapolate) else op for op in operations) for operations in plan.operations)
+        if kind in told:
+            where, like = told[kind]
+            lines = dict.fromkeys(str(op) for operations in plan.operations for op in operations if isinstance(op, Extrapolate))
+            other = f", but {', '.join(lines)}" if plan.operations != like.operations else ""
+            between = "\n" if pieces[-1].count("\n") > 1 else ""  # after a table
+            pieces.append(f"{between}{span}, {plan.stage}: as {where}{other}")
+        else:
+            told[kind] = span, plan
+            pieces.append(f"\n{span}, {plan.stage}\n{table(plan)}")
+    return pieces
 
 
 def idle_ranks(strategy: Strategy, settings: Settings) -> str | None:

@@ -230,7 +230,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.latent_channels, config.width, config.patch, stride=config.patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b c h w -> b (h w) c")
+        return rearrange(self.proj(x), "b c h w -> b (h w) c").contiguous()  # else all that is added to it stays in columns, which is slower
 
 
 class Embedder(nn.Module):

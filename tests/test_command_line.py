@@ -7,16 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from official import tensors, write_sparse
 from PIL import Image
+from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
 import hybridiff.options
 import train_free_sample
 from benchmarks.fuzz_commands import draw, try_line
 from hybridiff.options import usual_dtype
+from hybridiff.page import psnr
 from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)
@@ -55,6 +58,8 @@ def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatc
     for told in (report, played):  # every rank's seconds in every step, gathered at rank 0
         assert len(told["ranks"]) == 2 and all(len(steps) == 12 for steps in told["ranks"])
     assert report["serial"]["equal"] is False and report["serial"]["psnr"] > 10 and "serial" not in played
+    pages = [(tmp_path / name / "report.html").read_text() for name in ("two", "one")]
+    assert ["times as fast as serial" in page for page in pages] == [True, False]  # one process plays the ranks in turn
     assert report["bytes_sent"]["total"] == sum(report["bytes_sent"]["by_operation"].values()) > 0
     assert {"load", "text", "waiting", "decode", *STAGES} <= report["seconds"].keys() and all(len(told) == 2 for told in report["seconds"].values())
     for text in (said, ran.stdout):
@@ -72,6 +77,31 @@ def test_serial_equals_condition_on_two_ranks(tmp_path, monkeypatch):
     two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
     assert two.size == (96, 160) and two.tobytes() == one.tobytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]  # nothing half-written is left
+
+
+def test_ranks_decode_a_large_picture_together(tmp_path, monkeypatch):
+    """Nothing saved, so latents are `equal` to serial's; every rank decodes half of the rows, the pixels are `close`, above 50 dB."""
+    options = ["--seed", "5", "--steps", "2", "--height", "512", "--width", "512"]
+    ran = torchrun(*options, "--reused", "0", "--out", str(tmp_path / "two.png"), "--save-latents", str(tmp_path / "two.safetensors"), "--report", str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert call(monkeypatch, *options, "--strategy", "serial", "--out", str(tmp_path / "one.png"), "--save-latents", str(tmp_path / "one.safetensors")) == 0
+    two, one = (load_file(tmp_path / f"{name}.safetensors") for name in ("two", "one"))
+    assert two.keys() == one.keys() and all(torch.equal(two[name], one[name]) for name in two)
+    two, one = (torch.from_numpy(np.array(Image.open(tmp_path / f"{name}.png"))) for name in ("two", "one"))
+    distance = psnr(two, one)
+    assert distance is None or distance > 50
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert min(report["seconds"]["decode"]) > 0.2 * max(report["seconds"]["decode"]) and "2 ranks together" in report["exact"]["words"]
+
+
+def test_examples_in_the_docs_are_what_is_printed(monkeypatch, capsys):
+    """Every schedule in docs/method.md that stands below its command, line by line."""
+    docs = (SCRIPT.parent / "docs" / "method.md").read_text()
+    examples = re.findall(r"python train_free_sample.py ([^`\n]*--explain[^`\n]*)`?[^`]*\n```\n(.*?)```", docs, re.DOTALL)
+    assert len(examples) == 2
+    for options, printed in examples:
+        assert call(monkeypatch, *options.split()) == 0
+        assert printed in capsys.readouterr().out
 
 
 def test_never_switched_is_null_and_said(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.fidelity import Row, Studio, fewer, ssim
-from benchmarks.frontier import kind, plot, rows_of
+from benchmarks.frontier import kind, measured_speed, on_one_device, plot, rows_of
 from hybridiff.page import psnr
 from hybridiff.presets import PAPER_RULES, PRESETS, paper_rule, usual_reuse
 from hybridiff.strategies import Reuse
@@ -68,15 +68,48 @@ def test_presets_stay_close(guidance, sampler):
 def test_frontier_draws_every_curve():
     """Every row once, every curve in the SVG, which is well-formed; with --steps alone one panel a family."""
     measured = {
-        (family, steps): [(row, {"speed-up": 2.5, "PSNR": 50.0, "worst PSNR": 40.0}) for row in rows_of(family, steps)]
+        (family, steps): [(row, {"speed-up": 2.5, "PSNR": 50.0, "worst PSNR": 40.0, "measured": 2.25}) for row in rows_of(family, steps)]
         for steps in (50, 28) for family in ("sdxl", "sd3")
     }  # fmt: skip
     for rows in measured.values():
         names = [row.name for row, _ in rows]
         assert len(set(names)) == len(names) and {row.strategy for row, _ in rows} == {"condition", "paper", "step-extrapolation", "inner-reuse", "guided-pipeline"}
+        rows += on_one_device(rows)
     drawn = plot(measured)
-    said = [element.text or "" for element in ElementTree.fromstring(drawn).iter()]
-    assert {kind(row) for rows in measured.values() for row, _ in rows} - set(said) == {"condition"}  # equal to serial, beyond the chart
+    elements = list(ElementTree.fromstring(drawn).iter())
+    said = [element.text or "" for element in elements]
+    assert {kind(row) for rows in measured.values() for row, _ in rows} - set(said) == {"condition", "serial, on one device"}  # equal to serial
+    drawn_rows = [row for rows in measured.values() for row, _ in rows if kind(row) in said]
+    rings = [element for element in elements if element.get("fill") == "none" and element.tag.endswith("circle")]
+    assert len(rings) == len([row for row in drawn_rows if not row.name.endswith("device")])
+    bottom = float(ElementTree.fromstring(drawn).get("viewBox").split()[3])
+    assert all(float(element.get("y", 0)) < bottom for element in elements)
+
+
+def test_measured_speeds_find_their_rows():
+    """By hand, from made-up seconds: other sizes, steps, families and predictions, and presets that saved something else, are not taken."""
+    seconds = {"sdxl 512 50 steps serial": 420.0, "sdxl 512 50 steps batched": 400.0, "sdxl 512 50 steps condition": 200.0, "sdxl 512 50 steps paper-5": 190.0,
+               "sdxl 512 50 steps fast": 125.0, "sdxl 512 50 steps balanced": 100.0, "sdxl 512 50 steps inner-reuse-20": 160.0, "sdxl 256 50 steps batched": 1.0,
+               "sdxl 512 28 steps serial": 1.0, "sd3 256 50 steps serial": 1.0}  # fmt: skip
+    results = {key: {"total": value} for key, value in seconds.items()} | {"sdxl 512 50 steps PREDICTED for two CUDA devices": {}, "sdxl 512 parts": {}}
+    speeds = {"conditions": {"balanced": "otherwise", "fast": PRESETS["fast"].words}, "results": results}
+    found = {row.name: measured_speed(speeds, "sdxl", row) for row in rows_of("sdxl", 50)}
+    assert {name: speed for name, speed in found.items() if speed} == pytest.approx({
+        "condition": 2.0, "condition, 45 steps": 2 / 0.9, "condition, 43 steps": 2 / 0.86, "condition, 38 steps": 2 / 0.76, "condition, 31 steps": 2 / 0.62,
+        "condition, 26 steps": 2 / 0.52, "paper, k = 5": 400 / 190, "step-extrapolation, 19 saved": 3.2, "inner-reuse, 20 saved": 2.5,
+    })  # fmt: skip
+    assert not any(measured_speed(speeds, *at) for at in (("sdxl", rows_of("sdxl", 28)[0]), ("sd3", rows_of("sd3", 50)[0])))
+
+
+def test_presets_beyond_the_defaults(tmp_path):
+    """The command with so few steps that both save the same one; a second run measures nothing again."""
+    call = [sys.executable, "benchmarks/presets.py", "--family", "sdxl", "--prompts", "1", "--steps", "12", "--json", str(tmp_path / "p.json")]
+    first, second = (subprocess.run(call, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0 and first.stdout == second.stdout and second.stderr == "", first.stderr
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 3  # one saved and one fewer, two samplers, three guidances
+    found = rows["sdxl, 12 steps, 1 saved, guidance 5, ddim"]
+    assert f"| 12 | 5 | 1: {found['PSNR']:.1f} / {found['worst PSNR']:.1f} (" in first.stdout
 
 
 def test_command_goes_on_from_its_file(tmp_path):

@@ -15,12 +15,12 @@ from PIL import Image
 
 import train_free_sample
 from hybridiff.charts import nice
-from hybridiff.page import psnr
+from hybridiff.page import full_step_words, psnr
 from hybridiff.strategies import strategies
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 PROMPT = "<script>document.title='owned'</script> \"a\" & 'b' <img src=http://localhost/x>"
-SIZES = {"desk": 1200, "phone": 520}  # Chromium's windows are never narrower than about 500 pixels
+SIZES = {"desk": 1200, "phone": 360}
 
 
 class Page(HTMLParser):
@@ -62,6 +62,7 @@ def test_page_holds_what_the_report_holds(folder):
     runs = [a for tag, a in page.tags if tag == "rect" and a.get("class") == "run"]
     assert len(runs) > 2 * 10  # two ranks, ten steps, and the steps around the switch once more
     dots = [a for tag, a in page.tags if tag == "circle" and a.get("class") == "dot"]
+    assert page.said.count("cap") >= 2 and len([a for tag, a in page.tags if tag == "line" and a.get("class") == "rule"]) == 2  # in both charts
     assert len(dots) >= sum(step["discrepancy"] is not None for step in report["steps"])
 
 
@@ -86,21 +87,32 @@ def test_times_add_up(folder):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
 @pytest.mark.parametrize("size", SIZES)
 def test_a_browser_opens_it(folder, size, tmp_path):
-    """Headless Chromium lays it out: text and charts are there, the prompt did not run, the picture is drawn, nothing is cut off."""
+    """Headless Chromium lays it out: text and charts are there, the prompt did not run, the picture is drawn, nothing is cut off.
+
+    Chromium's windows are never narrower than about 500 pixels, so the page is shown in a frame.
+    """
     profile = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
-    launch = [BROWSER, *profile, f"--window-size={SIZES[size]},2400"]
+    launch = [BROWSER, *profile, "--window-size=1200,2400"]
     page = (folder / "report.html").as_uri()
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<body style="margin: 0"><iframe src="{page}" width="{SIZES[size]}" height="2400" style="border: 0"></iframe>')
     ran = subprocess.run([*launch, "--dump-dom", page], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("<svg") == 4 and "<title>&lt;script&gt;" in ran.stdout and ran.stdout.count('src="data:') == 2
     shot = tmp_path / "shot.png"
-    ran = subprocess.run([*launch, f"--screenshot={shot}", page], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([*launch, f"--screenshot={shot}", frame.as_uri()], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    seen = Image.open(shot).convert("RGB")
+    seen = Image.open(shot).convert("RGB").crop((0, 0, SIZES[size], 2400))
     colours = {colour for _, colour in seen.getcolors(2**24)}
-    assert seen.width == SIZES[size] and len(colours) > 500  # a picture and charts, not an empty page
+    assert len(colours) > 500  # a picture and charts, not an empty page
     margin = seen.crop((seen.width - 6, 0, seen.width, seen.height))
     assert len(margin.getcolors()) == 1  # nothing runs over the right edge
+
+
+def test_words_for_more_ranks():
+    """Two, four that share a network, four of which two wait."""
+    two, shared, idle = (full_step_words({"ranks": [[]] * ranks, "bytes_sent": {"by_operation": sent}}) for ranks, sent in ((2, {}), (4, {"keys": 1}), (4, {})))
+    assert "whole network, one with" in two and "its share" in shared and "but for rounding" in shared and "the others wait" in idle and "rounding" not in idle
 
 
 def test_serial_needs_a_report(monkeypatch, capsys, tmp_path):

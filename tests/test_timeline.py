@@ -1,5 +1,6 @@
 """The schedule's cost and bytes, told beforehand."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from benchmarks.full_size import make_task as make_full_task
 from hybridiff.schedule import Run, Step, StepPlan, prediction
-from hybridiff.strategies import Settings, strategies
+from hybridiff.strategies import Reuse, Settings, strategies
 from hybridiff.switching import SwitchRule
 from hybridiff.timeline import draw, explain, length, part_costs, plan_all, timeline, total_bytes
 from tests.tiny import make_task, run
@@ -24,6 +25,25 @@ def test_bytes_told_are_the_bytes_sent(family, ranks):
     strategy = strategies(family)["paper"].on(ranks, task.denoiser.config)
     plans, task = plan_all(strategy, Settings(12, CAPPED)), replace(task, cuts=strategy.cuts(task.denoiser))
     assert total_bytes(plans, task) == run(family, "paper", 12, CAPPED, ranks=ranks)["bytes"]
+
+
+def test_bytes_of_any_schedule():
+    """`equal`, by kind: seeded random strategies, numbers of ranks and steps, rules and reuse, cuts and dual blocks; the switch where the run found it."""
+    rng = random.Random(4)
+    for _ in range(40):
+        family, steps, dual = rng.choice(("sdxl", "sd3")), rng.randint(1, 14), rng.choice((0, 2))
+        net = make_task(family, 1, dual=dual).denoiser
+        name = rng.choice([name for name in strategies(family) if name not in ("serial", "batched", "one-branch")])
+        strategy = strategies(family)[name].on(rng.choice(strategies(family)[name].counts(net.config)), net.config)
+        rule = SwitchRule(rng.randint(1, 6), rng.choice((0.0, 1e-2, 1.0)), rng.randint(1, 12), rng.randint(0, 9))
+        told = rule if name == "paper" else Reuse(rng.randint(0, 6), rng.randint(0, 9), rng.randint(0, 3))
+        cuts = strategy.cuts(net)
+        if strategy.ranks == 2 and name == "paper":
+            cuts = rng.choice([net.cuts((at,)) for at in range(1, net.config.segments)])
+        played = run(family, name, steps, told, ranks=strategy.ranks, cuts=cuts, dual=dual)
+        settings = Settings(steps, told) if name == "paper" else Settings(steps, reuse=told)
+        plans = [strategy.plan(step, played["discrepancies"][:step], settings) for step in range(steps)]
+        assert total_bytes(plans, replace(make_task(family, steps, dual=dual), cuts=cuts)) == played["bytes"], f"{family} {name} {strategy.ranks} {settings} {cuts}"
 
 
 def test_four_ranks_cost_what_the_arithmetic_says():

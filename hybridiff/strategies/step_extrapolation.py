@@ -24,7 +24,8 @@ def last_full(step: int, reused: Sequence[int], count: int) -> tuple[int, ...]:
 def step_extrapolation(
     step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
 ) -> StepPlan:
-    """Condition partitioning, but some steps, evenly spread, cost nothing and move nothing.
+    """Condition partitioning, but some steps, evenly spread, cost nothing and move nothing: of the steps after the first `start` and before the last
+    `end`, M in number, the j-th of n saved ones is start + (2 j + 1) M // (2 n), j = 0 .. n - 1 (`Reuse.spread`).
 
     With the guided predictions g_a, g_b of the last two computed steps a < b, a saved step i takes
     g_i = g_b + (i - b) / (b - a) * (g_b - g_a) and lets the sampler step along it. Where the predictions do not lie on lines, which
