@@ -46,8 +46,9 @@ def main() -> None:
         for sampler in (next(iter(SAMPLERS[family])), "dpmpp_2m"):
             lines = []
             for steps in (args.steps,) if args.steps else STEPS:
-                for studio.guidance in GUIDANCES:
-                    lines.append([steps, f"{studio.guidance:g}", *(cell(results, studio, name, sampler, steps) for name in ("balanced", "fast"))])
+                for guidance in GUIDANCES:
+                    studio.guidance = guidance
+                    lines.append([steps, f"{guidance:g}", *(cell(results, studio, name, sampler, steps) for name in ("balanced", "fast"))])
             print(f"\n## {family}, {sampler}\n\n{table(('steps', 'guidance', 'balanced', 'fast'), lines)}", flush=True)
 
 
