@@ -24,7 +24,6 @@ from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
 
 STEPS = (50, 28)
-SAVED = {"step-extrapolation": (1 / 6, PRESETS["balanced"].share, PRESETS["fast"].share, 0.8), **SHARES}  # of the steps that may be saved
 INTERVALS = (0.1, 0.2, 0.4, 0.6)  # k of the paper's strategy, as a share of the steps
 
 
@@ -33,11 +32,11 @@ def rows_of(family: str, steps: int) -> list[Row]:
     rows = [Row("condition", "condition", steps, steps), *(paper_row(family, steps, round(share * steps)) for share in INTERVALS)]
     presets = [usual_reuse(steps, PRESETS[name].share) for name in ("balanced", "fast")]
     in_both_orders = {fewer(2.31, steps), *(steps - reuse.count for reuse in presets)}
-    for count in sorted(in_both_orders | {steps - usual_reuse(steps, share).count for share in SAVED["step-extrapolation"]}, reverse=True):
+    for count in sorted(in_both_orders | {steps - usual_reuse(steps, share).count for share in SHARES["step-extrapolation"]}, reverse=True):
         rows.append(Row(f"condition, {count} steps", "condition", count, steps))
         if count in in_both_orders:
             rows.append(Row(f"condition, {count} steps, dpmpp_2m", "condition", count, steps, sampler="dpmpp_2m"))
-    for name, shares in SAVED.items():
+    for name, shares in SHARES.items():
         for share in shares:
             reuse = usual_reuse(steps, share)
             rows.append(Row(f"{name}, {reuse.count} saved", name, steps, steps, reuse=reuse))
@@ -124,7 +123,7 @@ def measured_speed(speeds: dict, family: str, row: Row) -> float | None:
     saved = {name: usual_reuse(row.of, PRESETS[name].share) for name in ("balanced", "fast") if speeds["conditions"][name] == PRESETS[name].words}
     preset = next((name for name, reuse in saved.items() if reuse == row.reuse), None)
     names = {"condition": "condition", "paper": f"paper-{row.rule.interval}", "step-extrapolation": preset}
-    name = names.get(row.strategy, f"{row.strategy}-{row.reuse.count}")
+    name = names.get(row.strategy) or f"{row.strategy}-{row.reuse.count}"
     if row.sampler or not {"serial", "batched", name} <= runs.keys():
         return None
     return min(runs["serial"], runs["batched"]) / (runs[name] * row.steps / row.of)

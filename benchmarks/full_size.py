@@ -21,7 +21,11 @@ from models.unet import UNet, UNetConditioning, UNetConfig
 
 FAMILIES = ("sdxl", "sd3")
 INTERVALS = (5, 10, 20, 30)  # k, as in the paper's Table 4
-SHARES = {"inner-reuse": (1 / 3, 2 / 3), "guided-pipeline": (1 / 3, 2 / 3, 1)}  # of the steps that may be saved, see presets.usual_reuse
+SHARES = {  # of the steps that may be saved, see presets.usual_reuse
+    "step-extrapolation": (1 / 6, PRESETS["balanced"].share, PRESETS["fast"].share, 0.8),
+    "inner-reuse": (1 / 3, 2 / 3),
+    "guided-pipeline": (1 / 3, 2 / 3, 1),
+}
 FACTOR = 8  # pixels a side of one latent
 SEED, BLOCK = 0, 2**24  # of the random values, and how many are drawn before they repeat
 FULL = {"sdxl": UNetConfig(), "sd3": MMDiTConfig()}
@@ -112,7 +116,7 @@ def with_interval(rule: SwitchRule, steps: int, k: int) -> SwitchRule:
 
 def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False) -> tuple[Strategy, Settings]:
     """The strategy, on its usual number of ranks or another, and settings of a row: "serial", "batched", "condition", "paper-K", a preset of ours, or
-    "inner-reuse-N" or "guided-pipeline-N" with N saved steps.
+    "step-extrapolation-N", "inner-reuse-N" or "guided-pipeline-N" with N saved steps.
 
     The switch comes by the cap, so that it does not depend on what the networks predict: the paper's cap, or earlier where
     the k + 1 pipelined steps would else pass the last step.

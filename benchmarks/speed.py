@@ -3,8 +3,8 @@
 The full-size SDXL U-Net and SD3-medium MMDiT with seeded random weights on the CPU, in bf16 if
 it multiplies that faster, else in fp32 (10 GB for SDXL, which the ranks share as a file in the temporary folder), one thread a rank. Rows:
 `serial`, `batched` and `diffusers` (its own pipeline on the same weights) on one rank; `condition`, the presets `balanced` and `fast`, `paper-K` (K pipelined
-steps after the one that fills), `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K), `inner-reuse-N` and
-`guided-pipeline-N` (N saved steps) on two. Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's
+steps after the one that fills), `fewer-K` (condition partitioning with so few steps that it is ideally as fast as paper-K), and `step-extrapolation-N`,
+`inner-reuse-N` and `guided-pipeline-N` (N saved steps) on two. Every result is written to FILE at once, and what FILE has is not measured again. Ideal: the schedule's
 arithmetic from the times of the parts that a row uses, taken by the same processes right before and after the row, of which the slower rank's counts;
 messages are free. With --cuda, part times there and from them a predicted latency on two such devices.
 """
@@ -42,8 +42,9 @@ LINKS = {  # bytes a second in one direction, seconds a message; assumed, the ba
 def rows_of(steps: int) -> tuple[str, ...]:
     """The rows that there are at a number of steps."""
     paced = [f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS]
-    saved = [f"{name}-{usual_reuse(steps, share).count}" for name, shares in SHARES.items() for share in shares]
-    return ("serial", "batched", "diffusers", "condition", "balanced", "fast", *paced, *dict.fromkeys(saved))
+    presets = {f"{PRESETS[name].strategy}-{usual_reuse(steps, PRESETS[name].share).count}" for name in ("balanced", "fast")}
+    saved = {f"{name}-{usual_reuse(steps, share).count}": None for name, shares in SHARES.items() for share in shares}
+    return ("serial", "batched", "diffusers", "condition", "balanced", "fast", *paced, *(name for name in saved if name not in presets))
 
 
 def plans_of(family: str, row: str, steps: int) -> list[StepPlan]:

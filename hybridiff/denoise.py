@@ -99,10 +99,8 @@ class Worker:
 
     def extrapolate(self, value: Value, made: tuple[int, ...], i: int) -> Any:
         """The value at step i on the line through its last two results; see `schedule.Extrapolate`. Computed in fp32."""
-        last = self.store[value]
-        if len(made) == 1:
-            return last
-        (*before, a, b), old = made, self.older[value]
+        last, old = self.store[value], self.older[value]
+        *before, a, b = made
         if before:
             missed = old + (b - a) / (a - before[0]) * (old - self.oldest) - last
             if missed.norm() > (last - old).norm():

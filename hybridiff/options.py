@@ -16,6 +16,7 @@ from hybridiff.pipeline import GUIDANCE, SIDE, Request, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.report import check_writable, free_name
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
+from hybridiff.strategies import strategies
 from hybridiff.transport import Transport, place
 from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
@@ -64,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         "guided-pipeline (one process or two ranks; the first three also more)")
     add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
     add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
-    add("--full-first", type=int, help="full steps before the first saved one (default: 5 and a fifth of the steps)")
+    add("--full-first", type=int, help="full steps before those that may be saved (default: 5 and a fifth of the steps)")
     add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
     add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
     add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
@@ -138,10 +139,13 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
             if getattr(args, name) is not None and strategy not in whose:
                 raise UsageError(f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
     guidance = either("guidance", GUIDANCE[family])
-    if guidance <= 1:
+    if guidance <= 1 and strategy in strategies(family):
         strategy = "one-branch"
-    usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share)
-    given_reuse = {"start": args.full_first, "count": args.reused}
+    usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share, args.full_first)
+    room = len(usual.choices(args.steps))
+    if args.reused is not None and args.reused > room:
+        kept = f"the first {usual.start} and the last {usual.end} of {args.steps} steps"
+        raise UsageError(f"--reused {args.reused} is out of range: give at most {room}, as {kept} are never saved.")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
     if args.compare_serial and not args.report:
@@ -165,7 +169,7 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         tiles=args.tiles,
         t5=args.t5,
         balance=args.balance,
-        reuse=replace(usual, **{key: value for key, value in given_reuse.items() if value is not None}),
+        reuse=usual if args.reused is None else replace(usual, count=args.reused),
     )
 
 
@@ -265,7 +269,7 @@ def numbers(request: Request) -> str:
         return f"one-branch (guidance {request.guidance:g} is none: there is nothing to split)"
     if request.strategy not in SAVING:
         return request.strategy
-    steps = reuse.window(request.steps) if request.strategy == "guided-pipeline" else reuse.spread(request.steps)
+    steps = reuse.consecutive(request.steps) if request.strategy == "guided-pipeline" else reuse.spread(request.steps)
     return f"{request.strategy} ({len(steps)} of {request.steps} steps save work, the first {reuse.start} and the last {reuse.end} never)"
 
 

@@ -101,7 +101,7 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     if request.balance and (request.strategy != "paper" or world == 1):
         raise UsageError("--balance chooses where paper cuts the network for several ranks: add --strategy paper and start them by torchrun, or leave it out.")
     rule = request.rule
-    for name, value, least in (("window", rule.window, 1), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
+    for name, value, least in (("window", rule.window, 2), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     for name, value, least in (("full-first", request.reuse.start, 2), ("reused", request.reuse.count, 0)):

@@ -28,19 +28,18 @@ PRESETS = {
 }
 
 
-def usual_reuse(steps: int, share: float) -> Reuse:
-    """`share` of the steps that may be saved: not the first 5 + steps / 5, in which the picture is laid out, nor the last tenth.
+def usual_reuse(steps: int, share: float, start: int | None = None) -> Reuse:
+    """`share` of the steps that may be saved: not the first `start`, in which the picture is laid out (by default 5 + steps / 5), nor the last
+    tenth, at least two.
 
     With 50 steps 30 may be saved. With few steps each goes further, so that less of the way can be left to extrapolation: rounded down.
     """
-    reuse = Reuse(start=5 + round(0.2 * steps), end=max(2, round(0.1 * steps)))
-    return replace(reuse, count=int(share * reuse.room(steps)))
+    reuse = Reuse(start=5 + round(0.2 * steps) if start is None else start, end=max(2, round(0.1 * steps)))
+    return replace(reuse, count=int(share * len(reuse.choices(steps))))
 
 
 def paper_rule(family: str, steps: int) -> SwitchRule:
     """The paper's numbers, which are for 50 steps; with others the same stretch of the trajectory, so that a step falls by more."""
-    rule, times = PAPER_RULES[family], max(1, steps) / 50
-    if steps == 50:
-        return rule
+    rule, times = PAPER_RULES[family], steps / 50
     window, cap, interval = (max(1, round(times * number)) for number in (rule.window, rule.cap, rule.interval))
-    return replace(rule, window=window, slope=rule.slope / times, cap=cap, interval=interval)
+    return replace(rule, window=max(2, window), slope=rule.slope / times, cap=cap, interval=interval)

@@ -20,7 +20,9 @@ class Value(NamedTuple):
     divided into `of` slices, `at` is the slice that keys or a prediction belong to, from 1; `of` = 0 means all tokens.
     """
 
-    what: str  # "entry", "inner": features that cross a cut inwards, outwards; "keys" of a block; "prediction"; "discrepancy"; "guided"
+    # "entry", "inner": features that cross a cut inwards, outwards; "keys" of a block; "prediction"; "discrepancy"; "guided"; never sent:
+    # "skips", what a rank keeps between two parts; "slice", its tokens between two blocks
+    what: str
     text: str = ""
     ahead: bool = False  # extrapolated to the present step, not computed in it
     at: int = 0
@@ -94,7 +96,7 @@ class Run:
 
     @property
     def leaves(self) -> Value:
-        """What it leaves in the store ("whole" under "both": both texts' predictions)."""
+        """What it leaves in the store ("whole" under "both": prediction("both") stands for the predictions of both texts)."""
         if self.part == "up":
             return inner(self.text, self.at - 1)
         if self.part in ("inner", "keys"):
@@ -154,7 +156,7 @@ class Extrapolate:
     """Continue a value along the line through its last two results to this step; leaves ahead(value).
 
     `made` says which steps' latents the results belong to, the oldest first: with results v1, v2 of steps a, b and this step i,
-    v2 + (i - b) / (b - a) * (v2 - v1). With one step in `made` the last result is taken as it is. With a third in front the line is tried
+    v2 + (i - b) / (b - a) * (v2 - v1). With a third in front the line is tried
     first: where the one through v0 and v1 would have missed v2 by more than |v2 - v1| (Euclidean norms), the last result is taken as it is.
     """
 

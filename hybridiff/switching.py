@@ -14,9 +14,9 @@ Stage = Literal["warm-up", "parallelism", "fully-connecting"]  # in strategies o
 class SwitchRule:
     """The paper's four numbers; the defaults are those for SDXL (appendix G)."""
 
-    window: int = 12  # L: the slope is averaged over so many steps
+    window: int = 12  # L, at least 2: the slope is averaged over so many steps
     slope: float = 4e-4  # g: switch when the fall a step is in [0, g)
-    cap: int = 15  # tau_cap: switch here at the latest
+    cap: int = 15  # tau_cap, at least 1: switch here at the latest
     interval: int = 5  # k: tau2 = tau1 + k
 
 
@@ -43,15 +43,15 @@ def average_fall(history: Sequence[float], step: int, window: int) -> float | No
     return (history[step - window + 1] - history[step]) / window
 
 
-def find_switch(history: Sequence[float], rule: SwitchRule) -> Switch | None:
+def find_switch(history: Sequence[float | None], rule: SwitchRule) -> Switch | None:
     """The switch that the discrepancies of steps 0..len(history)-1 call for, or None while there is none.
 
-    Values after the deciding step are never looked at, so every rank that holds the same values up to it agrees.
+    Values after the deciding step are never looked at (they may be None), so every rank that holds the same values up to it agrees.
     """
     for step in range(len(history)):
         fall = average_fall(history, step, rule.window)
         if fall is not None and 0 <= fall < rule.slope:
             return Switch(step, step + rule.interval, step + 1, "slope")
         if step >= rule.cap - 1:
-            return Switch(rule.cap, rule.cap + rule.interval, max(rule.cap, step + 1), "cap")
+            return Switch(rule.cap, rule.cap + rule.interval, rule.cap, "cap")
     return None

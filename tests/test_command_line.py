@@ -121,12 +121,12 @@ def test_a_seed_is_drawn_and_makes_the_picture_again(tmp_path, monkeypatch):
 
 
 REFUSED = [
-    ("--strategy", "fast"), ("--sampler", "heun"), ("--sampler", "flow"), ("--weights", "nothing-here"),
+    ("--strategy", "fast"), ("--strategy", "fast", "--guidance", "1"), ("--sampler", "heun"), ("--sampler", "flow"), ("--weights", "nothing-here"),
     ("--weights", "demo-sd3", "--sampler", "ddim"), ("--height", "100"), ("--width", "0"), ("--height", "-32"),
     ("--weights", "demo-sd3", "--height", "100000"), ("--steps", "0"), ("--steps", "-3"), ("--steps", "1000"),
-    ("--steps", "many"), ("--guidance", "nan"), ("--preset", "paper", "--window", "0"),
+    ("--steps", "many"), ("--guidance", "nan"), ("--preset", "paper", "--window", "1"),
     ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
-    ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--full-first", "1"),
+    ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--reused", "31"), ("--full-first", "1"), ("--full-first", "30", "--reused", "16"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
     ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"),
 ]  # fmt: skip

@@ -51,6 +51,7 @@ def test_presets_scale_with_the_steps():
                 assert not any(step + 1 in chosen for step in chosen) and reuse.count <= saved["fast"][steps - 10].count
     assert saved["balanced"][40].count == 12 and saved["fast"][40].count == 19
     assert usual_reuse(1, PRESETS["fast"].share).spread(1) == []
+    assert usual_reuse(50, PRESETS["balanced"].share, start=30).count == 6  # of 30 .. 44
     for family, rule in PAPER_RULES.items():
         assert paper_rule(family, 50) == rule
         assert all(paper_rule(family, steps).cap + paper_rule(family, steps).interval <= steps for steps in range(10, 101))

@@ -1,8 +1,8 @@
 """Strategies: pure functions that write schedules, one short file each.
 
 Every strategy has the same face: plan(step, history, settings) -> StepPlan, where `history` holds the discrepancies measured
-in steps 0..step-1 (None where the value stayed on rank 0: `paper` shares them until it has switched). Those for any even number of ranks also take `ranks`, and `blocks`: how many of
-the network's blocks a branch's ranks can share, 0 where it cannot be divided.
+in steps 0..step-1: None where none was, or where the value stayed on rank 0 (`paper` shares them until it has switched). Those for any even
+number of ranks also take `ranks`, and `blocks`: how many of the network's blocks a branch's ranks can share, 0 where it cannot be divided.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from hybridiff.strategies.condition import condition
 from hybridiff.strategies.guided_pipeline import guided_pipeline
 from hybridiff.strategies.inner_reuse import inner_reuse
 from hybridiff.strategies.one_device import batched, one_branch, serial
-from hybridiff.strategies.paper import paper_halves, paper_nested
+from hybridiff.strategies.paper import paper_nested, paper_sequential
 from hybridiff.strategies.settings import Reuse, Settings
 from hybridiff.strategies.step_extrapolation import step_extrapolation
 from models.mmdit import MMDiT, MMDiTConfig
@@ -53,7 +53,7 @@ def strategies(family: str) -> dict[str, Strategy]:
         "batched": Strategy(batched, 1),
         "one-branch": Strategy(one_branch, 1),
         "condition": Strategy(condition, 2, many=True),
-        "paper": Strategy(paper_nested if family == "sdxl" else paper_halves, 2, many=True),
+        "paper": Strategy(paper_nested if family == "sdxl" else paper_sequential, 2, many=True),
         "step-extrapolation": Strategy(step_extrapolation, 2, many=True),
         "inner-reuse": Strategy(inner_reuse, 2, outer_work=True),
         "guided-pipeline": Strategy(guided_pipeline, 2, outer_work=True),

@@ -1,9 +1,10 @@
 """The three stages as published (paper, Sec. 4, and the released code; more than two ranks: Sec. 4.5, layer-wise).
 
 Warm-up and fully-connecting are condition partitioning. In between, steps `first..tau2` run as a pipeline: the network is cut in as
-many segments as there are ranks, and each rank evaluates only its own, on features that its neighbours made one step earlier, under
-the text of its branch and told the time of the present step. There is one prediction in these steps and no guidance: that is what the
-released code computes for the U-Net, and where its quality goes. The first of these steps fills the pipeline: the whole network is run.
+many segments as there are ranks, and each rank evaluates only its own, under the text of its branch and told the time of the present step: the
+rank that reads the latents on the present ones, and all on features that their neighbours made one step earlier. There is one prediction in
+these steps, which goes to all ranks, and no guidance: that is what the released code computes, and where its quality goes. The first of these
+steps fills the pipeline: the whole network is run. Features that would come too late for the last of these steps are neither made nor sent.
 """
 
 from typing import Sequence
@@ -44,10 +45,12 @@ def paper_nested(
 ) -> StepPlan:
     """The U-Net: rank 0 owns the innermost part, the last rank entry and exit, each rank between them a ring.
 
-    In step i every rank runs its way in on what its outer neighbour made in step i-1 (the last rank: on the latents), and its way out on
-    what its inner neighbour made then. So the innermost features in a prediction come from the latents of step i - 2 (ranks - 1), or of
-    the filling step where that is later. In the filling step the first rank with the prompt runs the whole network, whose prediction is
-    the step's; rank 0 runs all the way in without the prompt, and the way out of its branch's rings, for their features only.
+    Two ranks, in step i: rank 1 runs e_i = entry(x_i) and exit(e_i, h_(i-1)) under the prompt, which is the step's prediction; rank 0 runs
+    h_i = inner(e_(i-1)) without it. With more, every rank runs its way in on what its outer neighbour made in step i-1 (the last rank: on
+    the latents), and its way out on what its inner neighbour made then. So the innermost features in a prediction come from the latents of
+    step i - 2 (ranks - 1), or of the filling step where that is later. In the filling step the first rank with the prompt runs the whole
+    network, whose prediction is the step's; rank 0 runs all the way in without the prompt, and the way out of its branch's rings, for their
+    features only.
     """
     switch = find_switch(history, settings.rule)
     if plan := guided_stage(step, switch, ranks, blocks):
@@ -83,14 +86,16 @@ def paper_nested(
     return merged_step(runs, handed, leader["cond"] if fill else innermost)
 
 
-def paper_halves(
+def paper_sequential(
     step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
 ) -> StepPlan:
     """The MMDiT: each rank owns a segment of the blocks, rank 0 the first; half of the ranks is without the prompt.
 
-    In step i a rank runs its segment on the tokens, image and text, that the rank before it made in step i-1. (The released code
-    freezes them at the filling step, by an index that is off by one; we follow the intent.) The words of the text come with them, so
-    of its own text a later rank adds only the pooled vector. In the filling step each rank runs all segments up to its own.
+    Two ranks, in step i: rank 0 runs h_i = inner(entry(x_i)) without the prompt, rank 1 exit(h_(i-1)) with it, which is the step's prediction:
+    it comes from the latents of step i - 1. With N ranks each runs its segment on the tokens, image and text, that the rank before it made in
+    step i-1, and the latents are those of step i - (N - 1), or of the filling step where that is later. (The released code freezes the tokens at
+    the filling step, by an index that is off by one; we follow the intent.) The words of the text come with them, so of its own text a later
+    rank adds only the pooled vector. In the filling step each rank runs all segments up to its own.
     """
     switch = find_switch(history, settings.rule)
     if plan := guided_stage(step, switch, ranks, blocks):

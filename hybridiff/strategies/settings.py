@@ -1,32 +1,32 @@
 """What a strategy may depend on besides the step and the measurements."""
 
 from dataclasses import dataclass
+from typing import Sequence
 
-from hybridiff.switching import SwitchRule
+from hybridiff.switching import Stage, SwitchRule
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """Which steps save work by reusing what earlier ones computed: `count` steps between the first `start` and the last `end`."""
+    """Which steps save work by going on from what earlier ones computed: `count` steps between the first `start` and the last `end`."""
 
     start: int = 15
     count: int = 10
     end: int = 2
 
-    def room(self, steps: int) -> int:
-        """How many steps there are to choose from. Extrapolation needs two full steps before the first."""
-        return max(0, steps - max(2, self.start) - self.end)
+    def choices(self, steps: int) -> range:
+        """The steps to choose from. Extrapolation needs two full steps before the first."""
+        return range(max(2, self.start), steps - self.end)
 
     def spread(self, steps: int) -> list[int]:
-        """The chosen steps, evenly between the full ones."""
-        room = self.room(steps)
-        count = min(self.count, room)
-        return [max(2, self.start) + (2 * j + 1) * room // (2 * count) for j in range(count)]
+        """The chosen steps, evenly between the full ones; all where `count` is more than there are."""
+        choices = self.choices(steps)
+        count = min(self.count, len(choices))
+        return [choices[(2 * j + 1) * len(choices) // (2 * count)] for j in range(count)]
 
-    def window(self, steps: int) -> range:
-        """The chosen steps, one after the other."""
-        first = max(2, self.start)
-        return range(first, first + min(self.count, self.room(steps)))
+    def consecutive(self, steps: int) -> range:
+        """The chosen steps, one after the other; all where `count` is more than there are."""
+        return self.choices(steps)[: self.count]
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,15 @@ class Settings:
     steps: int
     rule: SwitchRule = SwitchRule()
     reuse: Reuse = Reuse()
+
+
+def stage_of(step: int, saved: Sequence[int]) -> Stage:
+    """The middle stage reaches from the first to the last step that saves work."""
+    if not saved or step < saved[0]:
+        return "warm-up"
+    return "parallelism" if step <= saved[-1] else "fully-connecting"
+
+
+def last_full(step: int, saved: Sequence[int], count: int) -> tuple[int, ...]:
+    """The last steps before this one that were computed in full, at most `count` of them."""
+    return tuple(s for s in range(step) if s not in saved)[-count:]

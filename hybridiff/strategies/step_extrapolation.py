@@ -4,21 +4,8 @@ from typing import Sequence
 
 from hybridiff.schedule import GUIDED, Extrapolate, Step, StepPlan, ahead
 from hybridiff.strategies.condition import guided_step
-from hybridiff.strategies.settings import Settings
+from hybridiff.strategies.settings import Settings, last_full, stage_of
 from hybridiff.strategies.sharing import evaluate
-from hybridiff.switching import Stage
-
-
-def stage_of(step: int, reused: Sequence[int]) -> Stage:
-    """The middle stage reaches from the first to the last step that saves work."""
-    if not reused or step < reused[0]:
-        return "warm-up"
-    return "parallelism" if step <= reused[-1] else "fully-connecting"
-
-
-def last_full(step: int, reused: Sequence[int], count: int) -> tuple[int, ...]:
-    """The last steps before this one that were computed in full, at most `count` of them."""
-    return tuple(s for s in range(step) if s not in reused)[-count:]
 
 
 def step_extrapolation(
@@ -30,10 +17,11 @@ def step_extrapolation(
     With the guided predictions g_a, g_b of the last two computed steps a < b, a saved step i takes
     g_i = g_b + (i - b) / (b - a) * (g_b - g_a) and lets the sampler step along it. Where the predictions do not lie on lines, which
     long strides and strong guidance bring about, it takes g_i = g_b: if, with z the computed step before a, the line through g_z and g_a
-    would have missed g_b by more than |g_b - g_a| (Euclidean norms). All ranks hold the same predictions, so that they agree without a message.
+    would have missed g_b by more than |g_b - g_a| (Euclidean norms). Where no z was computed, the line is taken untried. All ranks hold the
+    same predictions, so that they agree without a message (devices of different kinds, which round differently, might not).
     """
-    reused = settings.reuse.spread(settings.steps)
-    if step in reused:
-        skip = Extrapolate(GUIDED, last_full(step, reused, 3)), Step(ahead(GUIDED))
+    saved = settings.reuse.spread(settings.steps)
+    if step in saved:
+        skip = Extrapolate(GUIDED, last_full(step, saved, 3)), Step(ahead(GUIDED))
         return StepPlan("parallelism", (skip,) * ranks)
-    return StepPlan(stage_of(step, reused), guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))
+    return StepPlan(stage_of(step, saved), guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))
