@@ -8,6 +8,7 @@
 
 import argparse
 import os
+import secrets
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from hybridiff.errors import SharedError, UsageError
 from hybridiff.latents import read_latents, save_both
 from hybridiff.options import asked_timeout, choose_device, make_request, numbers, prepare
 from hybridiff.page import make_page, psnr, save_page
-from hybridiff.pipeline import Request, Result, decode, generate, meta_task, plan_request
+from hybridiff.pipeline import Request, Result, agree, decode, generate, meta_task, plan_request
 from hybridiff.report import in_use, make_report, save_picture, save_report, settings_of
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
@@ -39,8 +40,8 @@ from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError
 
 
-def place_networks(transport: Transport, args: argparse.Namespace, device: torch.device) -> None:
-    """Set this process up for its device."""
+def set_up(transport: Transport, args: argparse.Namespace, device: torch.device) -> None:
+    """Ready this process for its device, and connect it to its team."""
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     else:
@@ -48,11 +49,16 @@ def place_networks(transport: Transport, args: argparse.Namespace, device: torch
     transport.open_lanes(device, args.transport)
 
 
-def make_several(transport: Transport, args, checkpoint: Checkpoint, seed: int, device: torch.device) -> int:
+def make_several(transport: Transport, args, checkpoint: Checkpoint, device: torch.device) -> int:
     """Make all pictures, each by the team that is free; exit status 1 if one of them failed."""
-    if args.resume and args.seed is None and Manifest(args.out).path.exists() and transport.rank == 0:
-        seed = Manifest(args.out).read()[0]["seed"]
-    seed, size = transport.gather(seed)[0], args.team_size
+    seed, problem, size = args.seed, None, args.team_size
+    if transport.rank == 0 and seed is None:
+        try:
+            seed = Manifest(args.out).read()[0]["seed"] if args.resume and Manifest(args.out).path.exists() else secrets.randbelow(2**32)
+        except UsageError as error:
+            problem = str(error)
+    agree(transport, problem)
+    seed = transport.gather(seed)[0]
     jobs = make_jobs(args.told, args.images_per_prompt, seed, args.out)
 
     def settings(job: Job) -> dict:
@@ -61,11 +67,11 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, seed: int, 
         except UsageError:
             return dict(job.own)  # it will fail at its turn
 
-    manifest, left = begin(jobs, [settings(job) for job in jobs], seed, args.resume, transport)
+    manifest, left = begin(jobs, [settings(job) for job in jobs], seed, args.resume, args.overwrite, transport)
     if transport.rank == 0:
         say(f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/")
     transport.divide(size)
-    place_networks(transport, args, device)
+    set_up(transport, args, device)
     checkpoint.keep = True
     progress = Progress(len(left), transport)
 
@@ -100,7 +106,7 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, seed: int, 
 
 def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request, device: torch.device) -> None:
     """Make the picture and say what happened."""
-    place_networks(transport, args, device)
+    set_up(transport, args, device)
     speaks = transport.rank == 0
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
@@ -118,6 +124,8 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
                 why = f" (tau1 = {switch.tau1} by {switch.reason}, tau2 = {switch.tau2})"
             say(f"step {record.step}: {seen[-1].stage} -> {record.stage}{why}")
         seen.append(record)
+        if speaks and transport.teams > 1:
+            transport.add("steps")  # the teams that have no picture to make see that this one lives
         bar.set_description(record.stage, refresh=False)
         bar.update()
 
@@ -178,15 +186,21 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
 
 def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
     """A sentence on the first thing in which a rank differs from rank 0 though all must agree; None where nothing does."""
-    each_its_own = ("weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size")
-    facts = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
-    facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the weights": checkpoint.digest()}
-    facts |= {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
+    if transport.world == 1:
+        return None
+    each_its_own = ("told", "weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size")
+    facts = {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
+    facts |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
+    facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the prompts": args.told}
+    try:
+        facts["the weights"] = checkpoint.digest()
+    except WeightsError as error:
+        facts["the weights"] = str(error)
     ranks = transport.gather(facts)
     for rank, theirs in enumerate(ranks):
         for name, value in ranks[0].items():
-            if theirs[name] != value:
-                return f"The ranks disagree about {name}: rank 0 has {value!r:.80}, rank {rank} {theirs[name]!r:.80}; start all of them alike."
+            if theirs.get(name) != value:
+                return f"The ranks disagree about {name}: rank 0 has {value!r:.80}, rank {rank} {theirs.get(name)!r:.80}; start all of them alike."
     return None
 
 
@@ -244,7 +258,7 @@ def run(transport: Transport) -> int:
         status = 0
         try:
             if args.several:
-                status = make_several(transport, args, checkpoint, request.seed, device)
+                status = make_several(transport, args, checkpoint, device)
             else:
                 request = replace(request, seed=transport.gather(request.seed)[0])
                 transport.divide(args.team_size)
@@ -253,7 +267,8 @@ def run(transport: Transport) -> int:
                 transport.until_all_come()
         except (UsageError, WeightsError) as error:  # found on the way, such as a full disk
             if transport.rank == 0 or not isinstance(error, SharedError):
-                say(str(error) if isinstance(error, SharedError) else f"rank {transport.rank}: {error}", error=True)
+                prefix = "" if isinstance(error, SharedError) or place()[1] == 1 else f"rank {place()[0]}: "
+                say(f"{prefix}{error}", error=True)
             if transport.world > 1:
                 os._exit(1)  # at once: the others see it and end too
             return 1

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.fidelity import Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
+from benchmarks.fidelity import EQUAL, Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
 from benchmarks.full_size import in_words, table  # noqa: E402
 from hybridiff.page import psnr  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
@@ -41,7 +41,7 @@ def observe(studio: Studio, steps: int) -> dict:
     fewer = {steps: (None, right)}
     for count in (count for count in FEWER if count < steps):
         images, _, share = make(count)
-        fewer[count] = mean(psnr(a, b) or 100.0 for a, b in zip(images, reference)), share
+        fewer[count] = mean(psnr(a, b) or EQUAL for a, b in zip(images, reference)), share
     return {
         "discrepancy": [[curve[step] for curve in curves] for step in range(steps)],
         "minimum at": [min(range(steps), key=curve.__getitem__) for curve in curves],
@@ -99,6 +99,8 @@ def main() -> None:
     parser = parser_of(__doc__.split("\n")[0])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG or SVG (needs matplotlib)")
     args = parser.parse_args()
+    if args.plot and args.prompts < 2:
+        parser.error("--plot shows what 80% of the prompts do: give at least 2 --prompts.")
     torch.set_num_threads(args.threads)
     checkpoints = checkpoints_of(args)
     conditions = conditions_of(args, checkpoints, steps=args.steps)

@@ -83,7 +83,8 @@ class Studio:
         """What there is to do for one picture."""
         family, vae = self.checkpoint.family, self.checkpoint.config("vae")
         noise = draw_noise(vae.latent_channels, self.height // vae.factor, self.width // vae.factor, 1000 * seed + index)
-        sampler, cut = make_sampler(family, row.sampler, row.steps), strategies(family)[row.strategy].cuts(self.denoiser)
+        sampler = make_sampler(family, row.sampler, row.steps, self.checkpoint.defaults.get("shift", 3.0))
+        cut = strategies(family)[row.strategy].cuts(self.denoiser)
         return Task(self.denoiser, cut, sampler, self.told[index], guidance or self.guidance, noise)
 
     def picture(self, row: Row, task: Task) -> tuple[Tensor, list[float | None]]:

@@ -1,7 +1,8 @@
-"""How well a demo checkpoint follows prompts that it never saw: `python benchmarks/scenes.py --family sd3 --prompts 256`.
+"""How well a demo checkpoint follows prompts: `python benchmarks/scenes.py --family sd3 --prompts 256`.
 
 Makes a picture of each prompt (serial, 50 steps, the checkpoint's guidance) and has `weights/demo/checker.py` look at it:
-background, number of objects, colour, shape, size, relation, everything at once. Prints a table with the conditions.
+background, number of objects, colour, shape, size, relation, everything at once. Prints a table with the conditions. The scenes are drawn
+anew, but what little there is to say of one object is mostly said in training too, so the captions that are new count by themselves as well.
 The checker itself is measured first, on rendered scenes and on the same scenes with another scene's caption.
 """
 
@@ -20,7 +21,8 @@ from hybridiff.presets import PAPER_RULES  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
 from weights.demo.checker import compare, shares  # noqa: E402
 from weights.demo.scenes import render, sample  # noqa: E402
-from weights.demo.train_vae import save_sheet  # noqa: E402
+from weights.demo.text_encoders import said  # noqa: E402
+from weights.demo.train_vae import LATENTS, save_sheet  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
 
@@ -44,9 +46,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write the first 64 pictures side by side")
     args = parser.parse_args()
+    if args.prompts < (8 if args.sheet else 1):
+        parser.error(f"--prompts {args.prompts} are too few: give at least {8 if args.sheet else 1}.")
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.weights or f"demo-{args.family}")
-    guidance = args.guidance or checkpoint.defaults.get("guidance", GUIDANCE[args.family])
+    if checkpoint.family != args.family:
+        parser.error(f"--weights {args.weights} is of family {checkpoint.family}: give --family {checkpoint.family}.")
+    guidance = checkpoint.defaults.get("guidance", GUIDANCE[args.family]) if args.guidance is None else args.guidance
+    trained = {said("train", index) for index in range(LATENTS)}
     drawn = [sample(f"prompts of {args.seed}", index) for index in range(args.prompts)]
     true, shuffled = checker_shares(drawn)
 
@@ -59,17 +66,20 @@ def main() -> None:
         pictures.append(image)
         if (index + 1) % 16 == 0:
             print(f"{index + 1}/{args.prompts} pictures, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    found = shares(verdicts)
-    print(f"{args.weights or f'demo-{args.family}'}: {args.prompts} unseen prompts of seed {args.seed}, serial, {args.steps} steps, "
-          f"guidance {guidance}, fp32\n")
-    print("| right | pictures | checker on rendered scenes | on shuffled captions |\n| --- | --- | --- | --- |")
+    new = [caption not in trained for _, caption in drawn]
+    found, found_new = shares(verdicts), shares([verdict for verdict, is_new in zip(verdicts, new) if is_new])
+    print(f"{args.weights or f'demo-{args.family}'}: {args.prompts} prompts of seed {args.seed}, {sum(new)} of them not in training, serial, "
+          f"{args.steps} steps, guidance {guidance}, fp32\n")
+    print("| right | pictures | of new captions | checker on rendered scenes | on shuffled captions |\n| --- | --- | --- | --- | --- |")
     for question in found:
-        print(f"| {question} | {found[question]:.1%} | {true[question]:.1%} | {shuffled[question]:.1%} |")
+        print(f"| {question} | {found[question]:.1%} | {found_new[question]:.1%} | {true[question]:.1%} | {shuffled[question]:.1%} |")
     if args.json:
-        conditions = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        each = [{"caption": caption, **verdict} for (_, caption), verdict in zip(drawn, verdicts)]
-        args.json.write_text(json.dumps({"conditions": conditions | {"guidance": guidance}, "right": found, "checker": true,
-                                         "shuffled": shuffled, "pictures": each}, indent=1) + "\n")
+        conditions = {key: value for key, value in vars(args).items() if key not in ("json", "sheet")}
+        each = [{"caption": caption, "new": is_new, **verdict} for (_, caption), is_new, verdict in zip(drawn, new, verdicts)]
+        told = {"conditions": conditions | {"guidance": guidance}, "right": found, "right of new captions": found_new, "checker": true,
+                "shuffled": shuffled}  # fmt: skip
+        rows = ",\n  ".join(json.dumps(picture) for picture in each)  # a line each
+        args.json.write_text(json.dumps(told, indent=1)[:-2] + f',\n "pictures": [\n  {rows}\n ]\n}}\n')
     if args.sheet:
         shown = pictures[: min(64, len(pictures) // 8 * 8)]
         save_sheet(torch.stack(shown), args.sheet)

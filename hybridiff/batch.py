@@ -36,7 +36,7 @@ class Job:
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The pictures that a file asks for: a prompt a line, or a JSON object with "prompt" and any other names of OWN. UsageError says which line is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also end them at characters that JSON may hold
     except OSError as error:
         raise UsageError(f"--prompts {path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
@@ -61,6 +61,8 @@ def read_line(where: str, line: str) -> dict[str, Any]:
         wanted = (int, float) if OWN[name] is float else OWN[name]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise UsageError(f"{where}: {name} must be {'a text' if OWN[name] is str else 'a number'}, not {value!r:.80}.")
+        if OWN[name] is float and abs(value) > 1e300:
+            raise UsageError(f"{where}: {name} is out of range: give a number such as 5.")
     if "prompt" not in told:
         raise UsageError(f"{where} has no prompt.")
     return told
@@ -126,22 +128,30 @@ def already_made(job: Job, settings: dict) -> bool:
         return False
 
 
-def begin(jobs: Sequence[Job], settings: Sequence[dict], seed: int, resume: bool, transport: Transport) -> tuple[Manifest, list[Job]]:
+def begin(
+    jobs: Sequence[Job], settings: Sequence[dict], seed: int, resume: bool, overwrite: bool, transport: Transport
+) -> tuple[Manifest, list[Job]]:
     """Start a batch, or with `resume` go on with it: the manifest and the jobs that are still to be made. Every rank calls it.
 
-    `settings` are the jobs' own. UsageError on every rank where the folder holds another batch or cannot be written.
+    `settings` are the jobs' own. UsageError on every rank where the folder cannot be written, or holds another batch or, without `overwrite`,
+    pictures of no batch.
     """
     folder = jobs[0].path.parent
     manifest, problem, lines = Manifest(folder), None, []
     batch = hashlib.sha256(json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()).hexdigest()
     made = [job.number for job, told in zip(jobs, settings) if resume and already_made(job, told)]
-    made = set().union(*transport.gather(made))  # on several machines each knows its own files
+    strange = next((job.path for job in jobs if job.path.exists() and job.number not in made), None)
+    told = transport.gather((made, strange))  # on several machines each knows its own files
+    made = {number for numbers, _ in told for number in numbers}
+    strange = next((path for _, path in told if path), None)
     if transport.rank == 0:
         try:
             if resume and manifest.path.exists():
                 head, *lines = manifest.read()
                 if head["batch"] != batch:
                     raise UsageError(f"{manifest.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
+            elif resume and strange and not overwrite:
+                raise UsageError(f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite.")
             lines = {line["number"]: line for line in lines if line.get("status") == "made" and line.get("number") in made}
             lines |= {job.number: line_of(job, "made") for job in jobs if job.number in made and job.number not in lines}
             manifest.begin({"batch": batch, "seed": seed, "pictures": len(jobs)}, list(lines.values()))

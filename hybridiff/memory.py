@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -115,14 +115,26 @@ def weight_bytes(checkpoint: Checkpoint, part: str, dtype: torch.dtype, mapped: 
     return total
 
 
-def demands(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, sharing: int) -> Iterator[tuple[str, int, int]]:
-    """What each phase needs at least, in words, and its bytes of host memory and of GPU memory.
+class Place(NamedTuple):
+    """Where the networks run, and how many of them are there at once."""
 
-    `ranks` share the host's memory, `sharing` of them a GPU's.
-    """
+    cuda: bool
+    ranks: int  # share the host's memory
+    sharing: int  # of these share a GPU's
+    kept: bool  # networks stay for the next pictures
 
-    def place(each: int, on_gpu: bool = cuda) -> tuple[int, int]:
-        return (0, each * sharing) if on_gpu else (each * ranks, 0)
+
+def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterator[tuple[str, int, int]]:
+    """What each phase needs at least, in words, and its bytes of host memory and of GPU memory."""
+    cuda, held = where.cuda, (0, 0)
+
+    def needed(weights: int, more: int = 0, on_gpu: bool = cuda, ranks: int = where.ranks, sharing: int = where.sharing) -> tuple[int, int]:
+        """Bytes on (host, GPU) with what is held from the phases before; where networks are kept, these weights are from now on."""
+        nonlocal held
+        host, gpu = held
+        if where.kept:
+            held = (host, gpu + weights * sharing) if on_gpu else (host + weights * ranks, gpu)
+        return (host, gpu + (weights + more) * sharing) if on_gpu else (host + (weights + more) * ranks, gpu)
 
     precision = str(request.dtype).removeprefix("torch.")
     for part in ENCODERS:
@@ -130,7 +142,7 @@ def demands(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, 
             dtype, on_gpu = request.dtype, cuda
             if part == "t5" and (request.t5 != "device" or not cuda):  # it stays as it is stored
                 on_gpu, dtype = cuda and request.t5 == "fp8", checkpoint.dtype("t5")
-            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *place(weight_bytes(checkpoint, part, dtype, not on_gpu), on_gpu)
+            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *needed(weight_bytes(checkpoint, part, dtype, not on_gpu), on_gpu=on_gpu)
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
     height, width = request.height // vae.factor, request.width // vae.factor
     if isinstance(config, UNetConfig):
@@ -138,43 +150,47 @@ def demands(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, 
     else:
         features = (height // config.patch) * (width // config.patch) * config.width
     weights = weight_bytes(checkpoint, "denoiser", request.dtype, not cuda)
-    yield f"the denoiser in {precision} at {request.width} x {request.height}", *place(weights + FEATURES * features * request.dtype.itemsize)
+    yield f"the denoiser in {precision} at {request.width} x {request.height}", *needed(weights, FEATURES * features * request.dtype.itemsize)
     pixel = 4 * vae.channels * max(vae.multipliers[:2])  # bytes of the widest features at the full size, in fp32
     weights = weight_bytes(checkpoint, "vae", torch.float32, not cuda, "decoder.")
     pixels, words = request.height * request.width, f"the decoder at {request.width} x {request.height}"
     if not (request.tiles and pixels > LARGE):  # one picture, on one rank
-        all_of_it = weights + 3 * pixels * pixel
-        yield words, *((0, all_of_it) if cuda else (all_of_it, 0))
+        yield words, *needed(weights, 3 * pixels * pixel, ranks=1, sharing=1)
     else:
-        tile = weights + 3 * min(height, TILE) * min(width, TILE) * vae.factor**2 * pixel
-        yield f"{words} in tiles", *((pixels * pixel, tile) if cuda else (pixels * pixel + tile, 0))
+        host, gpu = needed(weights, 3 * min(height, TILE) * min(width, TILE) * vae.factor**2 * pixel, ranks=1, sharing=1)
+        yield f"{words} in tiles", host + pixels * pixel, gpu
 
 
-def fits(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, sharing: int, free: tuple[int, int]) -> bool:
+def fits(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple[int, int]) -> bool:
     """Whether no phase plainly needs more than the bytes of (host, GPU) memory that are free."""
-    return all(host <= free[0] and gpu <= free[1] for _, host, gpu in demands(checkpoint, request, cuda, ranks, sharing))
+    return all(host <= free[0] and gpu <= free[1] for _, host, gpu in demands(checkpoint, request, where))
 
 
-def advice(checkpoint: Checkpoint, request: "Request", cuda: bool, ranks: int, sharing: int, free: tuple[int, int]) -> list[str]:
+def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple[int, int]) -> list[str]:
     """What would make it fit, each by itself."""
     tries = {"--tiles": {"tiles": True}}
     tries |= {f"--dtype {str(dtype).removeprefix('torch.')}": {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16) if dtype != request.dtype}
     if "t5" in checkpoint.parts:
-        tries |= {"--t5 cpu": {"t5": "cpu"}} if cuda else {}
+        tries |= {"--t5 cpu": {"t5": "cpu"}} if where.cuda else {}
         tries |= {"--t5 fp8": {"t5": "fp8"}} if checkpoint.dtype("t5").itemsize == 1 else {}
     tries["a smaller --height and --width"] = {"height": request.height // 4, "width": request.width // 4}
-    good = [name for name, change in tries.items() if fits(checkpoint, replace(request, **change), cuda, ranks, sharing, free)]
+    good = [name for name, change in tries.items() if fits(checkpoint, replace(request, **change), where, free)]
     if "t5" in checkpoint.parts and not good:
         t5 = checkpoint.fitted.pop("t5")
-        good += ["--no-t5"] if fits(checkpoint, request, cuda, ranks, sharing, free) else []
+        good += ["--no-t5"] if fits(checkpoint, request, where, free) else []
         checkpoint.fitted = checkpoint.fitted | {"t5": t5}
-    if not good and ranks > 1 and fits(checkpoint, request, cuda, 1, 1, free):
+    if where.kept and fits(checkpoint, request, where._replace(kept=False), free):
+        good.append("one picture a run")
+    if not good and where.ranks > 1 and fits(checkpoint, request, where._replace(ranks=1, sharing=1), free):
         good.append("one process alone")
     return good
 
 
-def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.device, world: int) -> None:
-    """UsageError, with the figures and what would help, where a phase plainly needs more memory than is free."""
+def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.device, world: int, kept: bool) -> None:
+    """UsageError, with the figures and what would help, where a phase plainly needs more memory than is free.
+
+    `kept`: more pictures follow, for which the networks stay loaded.
+    """
     cuda = device.type == "cuda"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
     sharing = -(-ranks // max(1, torch.cuda.device_count())) if cuda else 1
@@ -182,9 +198,10 @@ def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.d
     if host is None:
         return
     free = host, torch.cuda.mem_get_info(device)[0] if cuda else 0
-    for words, *needed in demands(checkpoint, request, cuda, ranks, sharing):
+    where_all = Place(cuda, ranks, sharing, kept)
+    for words, *needed in demands(checkpoint, request, where_all):
         for need, there, where in zip(needed, free, ("memory", f"memory of {device}")):
             if need > there:
                 on = f" on {ranks} ranks" if ranks > 1 and not words.startswith("the decoder") else ""
-                helps = " or ".join(advice(checkpoint, request, cuda, ranks, sharing, free)) or "a machine with more of it"
+                helps = " or ".join(advice(checkpoint, request, where_all, free)) or "a machine with more of it"
                 raise UsageError(f"{words}{on} needs at least {need / 1e9:,.1f} GB of {where}, and {there / 1e9:,.1f} GB are free: try {helps}.")

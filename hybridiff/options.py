@@ -17,7 +17,7 @@ from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.report import check_writable, free_name
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import strategies
-from hybridiff.transport import Transport, place
+from hybridiff.transport import Transport, nccl_problem, place
 from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
@@ -41,7 +41,7 @@ def as_utf8(text: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Make a picture with one process or with torchrun on two ranks or more.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Make a picture with one process or with torchrun on two ranks or more.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id")
     add("--check", action="store_true", help="only say what the checkpoint holds and lacks (reads headers, no tensors)")
@@ -206,7 +206,7 @@ def that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: t
 
 def check_several(args: argparse.Namespace) -> None:
     """UsageError in what cannot be had with several pictures, and where the folder is in use."""
-    for name in ("report", "save_latents", "compare_serial", "explain", "balance"):
+    for name in ("report", "save_latents", "compare_serial", "explain", "decode", "balance"):
         if getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')} is for one picture: leave it out, or ask for one prompt.")
     if not 1 <= args.images_per_prompt <= 10**6:
@@ -231,6 +231,11 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         checkpoint.leave_out("t5")
     if args.check:
         return args, checkpoint, None, device
+    for name in ("report", "save_latents", "compare_serial"):
+        if args.decode and getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for a picture that is sampled, and --decode only decodes one: leave one of them out.")
+    if args.transport == "nccl" and (problem := "there is one process, which sends nothing" if transport.world == 1 else nccl_problem(device)):
+        raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
     if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
         checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')})."]
     if lacking := needs(checkpoint) if not args.decode else []:
@@ -241,7 +246,9 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     requests = that_can_be_made(args, checkpoint, device, transport.world)
     request, largest = requests[0], max(requests, key=lambda request: request.height * request.width)
     if not args.explain and not args.decode:
-        refuse_too_large(checkpoint, largest, device, transport.world)
+        refuse_too_large(checkpoint, largest, device, transport.world, kept=args.several)
+    if args.resume and not args.several:
+        raise UsageError("--resume goes on with several pictures, and one is asked for: leave it out, or ask for more.")
     if args.several:
         check_several(args)
     elif transport.rank == 0 and not args.explain:
@@ -275,10 +282,10 @@ def numbers(request: Request) -> str:
 
 def asked_timeout() -> timedelta:
     """--timeout, which is needed before the ranks can talk about any option; a bad value is refused later with the others."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--timeout")
     try:
         seconds = float(early.parse_known_args()[0].timeout or 600)
-    except (ValueError, SystemExit, UsageError):
+    except (ValueError, UsageError):
         seconds = 600.0
     return timedelta(seconds=seconds if 0.1 <= seconds <= 1e6 else 600.0)

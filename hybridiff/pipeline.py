@@ -101,6 +101,8 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     if request.balance and (request.strategy != "paper" or world == 1):
         raise UsageError("--balance chooses where paper cuts the network for several ranks: add --strategy paper and start them by torchrun, or leave it out.")
     rule = request.rule
+    if not math.isfinite(rule.slope):
+        raise UsageError(f"--slope {rule.slope} is not a finite number: give one, such as 4e-4.")
     for name, value, least in (("window", rule.window, 2), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
@@ -217,7 +219,7 @@ def generate(
         memory.note(phase)
         return now
 
-    now, transport.doing = time.perf_counter(), "text"
+    now, transport.doing, transport.step = time.perf_counter(), "text", -1
     size = (request.height, request.width)
     settings = Settings(request.steps, request.rule, request.reuse)
     runs, problem = runs_here(strategy, settings, transport), None
@@ -270,10 +272,14 @@ def generate(
 
     now, transport.doing, transport.step = time.perf_counter(), "decode", -1
     split = decoded_together(request, transport.world)
-    here = split or transport.rank == 0
-    image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None) if here else None
+    image = None
+    try:
+        if split or transport.rank == 0:
+            image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None)
+    except (UsageError, WeightsError) as error:
+        problem = str(error)
     now = clock("decode", now)
-    transport.gather("decoded")
+    agree(transport, problem)
     clock("waiting", now)
     spent, memories = zip(*transport.gather((seconds, memory.told())))
     phases = {phase: [of_rank.get(phase, 0.0) for of_rank in spent] for phase in seconds}

@@ -92,8 +92,6 @@ class Mailbox(Transport):
 
     def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
         """Nothing to open within one process."""
-        if wish == "nccl":
-            raise UsageError("--transport nccl: there is one process, which sends nothing; leave it out, or start ranks by torchrun.")
 
     def divide(self, size: int) -> None:
         """One process is one team, of whatever size."""
@@ -138,8 +136,8 @@ class Ranks(Transport):
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
-        self.farewells = None  # the group of `watch_peers`
-        self.under_way: deque[tuple[dist.Work, Tensor]] = deque()  # sends keep their tensors alive until they are done
+        self.watches = False  # see `watch_peers`
+        self.under_way: deque[tuple[int, dist.Work, Tensor]] = deque()  # sends, with their step, keep their tensors alive until they are done
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -153,13 +151,14 @@ class Ranks(Transport):
             silent = "imed out" in str(error) or "imeout" in str(error)
             seconds = f"{self.timeout.total_seconds():g}"
             why = f"nothing came for {seconds} seconds (--timeout)" if silent else "the other side has ended"
-            raise PeerLost(f"rank {self.rank} waited for {what}{self.where()}, but {why}.") from error
+            raise PeerLost(f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {why}.") from error
         finally:
             late.cancel()
 
     def end(self, what: str) -> None:
         """The last resort, in a thread of its own: some waits of torch.distributed know no timeout, such as for a stopped rank 0 at the start."""
-        say(f"rank {self.rank} waited for {what}{self.where()}, but nothing came for {self.timeout.total_seconds():g} seconds (--timeout).", error=True)
+        seconds = f"{self.timeout.total_seconds():g}"
+        say(f"rank {self.members[self.rank]} waited for {what}{self.where()}, but nothing came for {seconds} seconds (--timeout).", error=True)
         os._exit(1)
 
     def divide(self, size: int) -> None:
@@ -192,37 +191,56 @@ class Ranks(Transport):
         with self.waiting("the other ranks to connect"):
             lanes = {
                 pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend)
-                for members in self.all_teams
+                for members in self.all_teams  # a group's name is its number, which must be the same on all ranks
                 for pair in itertools.permutations(members, 2)
             }
+            farewells = [dist.new_group(members, timeout=timedelta(days=30), backend="gloo") for members in self.all_teams]
         self.lanes = {(a, b): lanes.get((self.members[a], self.members[b])) for a, b in itertools.permutations(range(self.world), 2)}
-
+        self.farewells = farewells[self.team]
         if self.backend == "nccl":
             self.watch_peers()
+        self.meet()
+
+    def meet(self) -> None:
+        """One message over every lane, on all ranks in the same order.
+
+        At a lane's first message NCCL waits until both ends have come there. Two ranks that send to each other first, each over its own lane, would wait for ever.
+        """
+        word = torch.zeros(1, device=self.wire)
+        for sender, receiver in itertools.permutations(range(self.world), 2):
+            with self.waiting("the other ranks to connect"):
+                if self.rank == sender:
+                    dist.send(word, self.members[receiver], group=self.lanes[sender, receiver])
+                elif self.rank == receiver:
+                    dist.recv(word, self.members[sender], group=self.lanes[sender, receiver])
+        if self.wire.type == "cuda":
+            torch.cuda.synchronize(self.wire)
 
     def watch_peers(self) -> None:
-        """End this process when a rank of its team ends early: NCCL would wait for it until the timeout. Every rank must call it.
+        """End this process when a rank of its team ends early: NCCL would wait for it until the timeout.
 
         A thread for each of them waits, over gloo, for the word that `leave` sends.
         """
-        with self.waiting("the other ranks to connect"):
-            self.farewells = dist.new_group(timeout=timedelta(days=30), backend="gloo")
 
         def watch(rank: int) -> None:
             try:
-                dist.recv(torch.zeros(1), self.members[rank], group=self.farewells)
+                dist.recv(torch.zeros(1), rank, group=self.farewells)
             except RuntimeError:
-                say(f"rank {self.rank} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
+                say(f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
                 os._exit(1)
 
-        for rank in range(self.world):
-            if rank != self.rank:
+        for rank in self.members:
+            if rank != self.members[self.rank]:
                 threading.Thread(target=watch, args=(rank,), daemon=True).start()
+        self.watches = True
 
     def leave(self) -> None:
-        """The end of all work: nobody leaves before all ranks of the team have come here."""
+        """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all."""
         self.gather("done")
-        if self.farewells is not None:
+        if self.teams > 1:
+            with self.waiting("the other teams to leave"):
+                dist.barrier(group=self.everybody)
+        if self.watches:
             words = [dist.isend(torch.ones(1), self.members[rank], group=self.farewells) for rank in range(self.world) if rank != self.rank]
             with self.waiting("the other ranks to leave"):
                 for word in words:
@@ -234,29 +252,30 @@ class Ranks(Transport):
         return True
 
     def send(self, value: Value, tensors: Sequence[Tensor], sender: int, to: int) -> None:
-        """Post the tensors to rank `to` and go on."""
+        """Post the tensors to rank `to` and go on. Those of the step before the last were taken by now or soon will be: their tensors are let go."""
         self.count(value, tensors, sender, to)
-        while self.under_way and self.under_way[0][0].is_completed():
-            self.under_way.popleft()
+        while self.under_way and self.under_way[0][0] < self.step - 1:  # gloo's sends do not tell by themselves that they are completed
+            with self.waiting("its messages to be taken"):
+                self.under_way.popleft()[1].wait()
         if TRACE:
             tensors = [label(self.step, value, [(tensor.shape, tensor.dtype) for tensor in tensors]), *tensors]
         for tensor in tensors:
             tensor = tensor.to(self.wire).contiguous()
-            with self.waiting(f"rank {to} to take {value}"):
-                self.under_way.append((dist.isend(tensor, self.members[to], group=self.lanes[sender, to]), tensor))
+            with self.waiting(f"rank {self.members[to]} to take {value}"):
+                self.under_way.append((self.step, dist.isend(tensor, self.members[to], group=self.lanes[sender, to]), tensor))
 
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         """Wait for tensors of these (shape, dtype) from rank `sender`. PeerLost if it has ended or is silent for too long."""
         if TRACE:
             told, expected = torch.empty(LABEL, dtype=torch.uint8, device=self.wire), label(self.step, value, shapes)
-            with self.waiting(f"{value} from rank {sender}"):
+            with self.waiting(f"{value} from rank {self.members[sender]}"):
                 dist.recv(told, self.members[sender], group=self.lanes[sender, to])
             if not torch.equal(told.cpu(), expected):
                 said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
                 raise PeerLost(f"rank {to} expected '{meant}' from rank {sender}, which sent '{said}'.")
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
-            with self.waiting(f"{value} from rank {sender}"):
+            with self.waiting(f"{value} from rank {self.members[sender]}"):
                 dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
         trace(f"step {self.step}: rank {to} <- rank {sender}: {value}")
         return tuple(tensor.to(self.device) for tensor in tensors)
@@ -265,7 +284,7 @@ class Ranks(Transport):
         """Wait for the sends of this rank; bytes by kind over all ranks of the team since the last call."""
         while self.under_way:
             with self.waiting("its messages to be taken"):
-                self.under_way.popleft()[0].wait()
+                self.under_way.popleft()[1].wait()
         total: Counter[str] = Counter()
         for count in self.gather(dict(self.sent)):
             total.update(count)
@@ -278,17 +297,17 @@ class Ranks(Transport):
         words, sends = [word] * self.world, []
         others = [rank for rank in range(self.world) if rank != self.rank]  # one by one, so that it is known whose word does not come
         for rank in others:
-            with self.waiting(f"rank {rank} to take a word"):
+            with self.waiting(f"rank {self.members[rank]} to take a word"):
                 sends.append([dist.isend(tensor, self.members[rank]) for tensor in (torch.tensor([len(told)]), told)])
         for rank in others:
             size = torch.zeros(1, dtype=torch.int64)
-            with self.waiting(f"a word from rank {rank}"):
+            with self.waiting(f"a word from rank {self.members[rank]}"):
                 dist.recv(size, self.members[rank])
                 theirs = torch.empty(int(size), dtype=torch.uint8)
                 dist.recv(theirs, self.members[rank])
             words[rank] = pickle.loads(theirs.numpy().tobytes())
         for rank, works in zip(others, sends):
-            with self.waiting(f"rank {rank} to take a word"):
+            with self.waiting(f"rank {self.members[rank]} to take a word"):
                 for work in works:
                     work.wait()
         return words
@@ -310,7 +329,7 @@ class Ranks(Transport):
             now = self.add("steps", 0)
             steps, changed = now, changed if now == steps else time.monotonic()
             if time.monotonic() - changed > self.timeout.total_seconds():
-                raise PeerLost(f"rank {self.rank} of team {self.team} waited for the other teams, but they made no step for"
+                raise PeerLost(f"rank {self.members[self.rank]} waited for the other teams, but they made no step for"
                                f" {self.timeout.total_seconds():g} seconds (--timeout).")  # fmt: skip
         with self.waiting("the other teams"):
             here.wait()

@@ -74,7 +74,10 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side: pad one row and column at the bottom and right, then a 3x3 convolution of stride 2."""
+    """Halve the side: pad one row and column at the bottom and right, then a 3x3 convolution of stride 2.
+
+    (B, C, H, W) -> (B, C, H/2, W/2), rounded down.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -85,7 +88,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a 3x3 convolution."""
+    """Double the side: nearest neighbour, then a 3x3 convolution. (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -196,7 +199,10 @@ class Autoencoder(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        """Raw latents (B, C, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped.
+
+        SDXL's decoder overflows in fp16, so decode in fp32.
+        """
         if self.config.quant_convs:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)

@@ -1,4 +1,4 @@
-"""CLIP text towers: CLIP-L (SD 1.5, SDXL, SD3) and OpenCLIP bigG (SDXL, SD3).
+"""CLIP text towers: CLIP-L and OpenCLIP bigG, as SDXL and SD3 use them.
 
 Parameter names equal the official `clip_l.safetensors` and `clip_g.safetensors`. Architecture: Radford et al. 2021,
 section 2.4; sizes: Stability-AI/sd3.5 `sd3_infer.py` (CLIPL_CONFIG, CLIPG_CONFIG).
@@ -127,7 +127,10 @@ class TextModel(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """A CLIP text tower as the diffusion models use it: penultimate hidden state and pooled state."""
+    """A CLIP text tower as SDXL and SD3 use it: penultimate hidden state and pooled state.
+
+    SD 1.5 has CLIP-L too, but reads the last state after `final_layer_norm`, which is not returned.
+    """
 
     def __init__(self, config: CLIPConfig = CLIP_L):
         super().__init__()

@@ -82,14 +82,30 @@ class Keys(NamedTuple):
     image_v2: Tensor | None = None
 
 
+class Modulation(NamedTuple):
+    """What a stream's block takes from the conditioning, each (B, C), in the order of the linear layer's rows: shift and scale after a
+    norm and the gate of what is added, for the joint attention, for the MLP and for the second attention.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None  # None from here on: the last block's text stream
+    shift_mlp: Tensor | None = None
+    scale_mlp: Tensor | None = None
+    gate_mlp: Tensor | None = None
+    shift2: Tensor | None = None  # None from here on: no second attention
+    scale2: Tensor | None = None
+    gate2: Tensor | None = None
+
+
 class Queries(NamedTuple):
     """What some tokens keep for themselves between `JointBlock.project` and `JointBlock.attend`."""
 
     text: Tensor  # queries, as in Keys
     image: Tensor
     image2: Tensor | None
-    text_mod: tuple[Tensor, ...]  # see StreamBlock.modulation
-    image_mod: tuple[Tensor, ...]
+    text_mod: Modulation
+    image_mod: Modulation
 
 
 class Slice(NamedTuple):
@@ -145,7 +161,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh form), Linear; four times as wide inside."""
+    """Linear, GELU (tanh form), Linear; four times as wide inside. (B, N, C) -> (B, N, C)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -161,26 +177,27 @@ class StreamBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, dual: bool = False, last: bool = False):
         super().__init__()
-        self.chunks = 2 if last else 9 if dual else 6
+        self.dual, self.last = dual, last
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm, output=not last)
         if dual:
             self.attn2 = Attention(width, heads, qk_norm)
         if not last:
             self.mlp = MLP(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
+        numbers = 2 if last else 9 if dual else 6  # of what `Modulation` holds
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, numbers * width))
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Conditioning c (B, C) -> shift, scale[, gate, shift, scale, gate of the MLP[, the same of attn2]]."""
-        return self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
+    def modulation(self, c: Tensor) -> Modulation:
+        """Of this block, by the conditioning c (B, C)."""
+        linear = self.adaLN_modulation(c)
+        return Modulation(*linear.chunk(linear.shape[-1] // c.shape[-1], dim=-1))
 
-    def finish(self, x: Tensor, attended: Tensor, attended2: Tensor | None, mod: tuple[Tensor, ...]) -> Tensor:
-        """Add the joint attention's result, then the second attention's (if any), then the MLP."""
-        gate, shift_mlp, scale_mlp, gate_mlp = mod[2:6]
-        x = x + gate[:, None] * self.attn.proj(attended)
+    def finish(self, x: Tensor, attended: Tensor, attended2: Tensor | None, mod: Modulation) -> Tensor:
+        """Add the joint attention's result, then the second attention's (if any), then the MLP. x, attended, attended2 (B, N, C) -> (B, N, C)."""
+        x = x + mod.gate[:, None] * self.attn.proj(attended)
         if attended2 is not None:
-            x = x + mod[8][:, None] * self.attn2.proj(attended2)
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
+            x = x + mod.gate2[:, None] * self.attn2.proj(attended2)
+        return x + mod.gate_mlp[:, None] * self.mlp(modulate(self.norm(x), mod.shift_mlp, mod.scale_mlp))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -200,11 +217,11 @@ class JointBlock(nn.Module):
         """Queries, keys and values of some tokens: all that does not need the other tokens."""
         image_mod, text_mod = self.x_block.modulation(c), self.context_block.modulation(c)
         image_normed, text_normed = self.x_block.norm(tokens.image), self.context_block.norm(tokens.text)
-        image_q, *image_kv = self.x_block.attn.project(modulate(image_normed, *image_mod[:2]))
-        text_q, *text_kv = self.context_block.attn.project(modulate(text_normed, *text_mod[:2]))
-        image_q2, *image_kv2 = None, None, None
-        if self.x_block.chunks == 9:
-            image_q2, *image_kv2 = self.x_block.attn2.project(modulate(image_normed, *image_mod[6:8]))
+        image_q, *image_kv = self.x_block.attn.project(modulate(image_normed, image_mod.shift, image_mod.scale))
+        text_q, *text_kv = self.context_block.attn.project(modulate(text_normed, text_mod.shift, text_mod.scale))
+        image_q2, image_kv2 = None, []
+        if self.x_block.dual:
+            image_q2, *image_kv2 = self.x_block.attn2.project(modulate(image_normed, image_mod.shift2, image_mod.scale2))
         return Queries(text_q, image_q, image_q2, text_mod, image_mod), Keys(*text_kv, *image_kv, *image_kv2)
 
     def attend(self, tokens: Tokens, queries: Queries, keys: Keys) -> Tokens:
@@ -214,7 +231,7 @@ class JointBlock(nn.Module):
         text_attended, image_attended = attention(q, k, v).split([tokens.text.shape[1], tokens.image.shape[1]], dim=1)
         attended2 = None if queries.image2 is None else attention(queries.image2, keys.image_k2, keys.image_v2)
         image, text = self.x_block.finish(tokens.image, image_attended, attended2, queries.image_mod), tokens.text
-        if self.context_block.chunks > 2:
+        if not self.context_block.last:
             text = self.context_block.finish(text, text_attended, None, queries.text_mod)
         return Tokens(image, text)
 
@@ -234,7 +251,7 @@ class PatchEmbed(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Linear, SiLU, Linear: lifts a sinusoid or the pooled text to the width of the network."""
+    """Linear, SiLU, Linear: lifts a sinusoid or the pooled text to the width of the network. (B, inputs) -> (B, width)."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
@@ -245,7 +262,7 @@ class Embedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm, then one Linear to a patch of the prediction."""
+    """Modulated LayerNorm, then one Linear to a patch of the prediction. x (B, N, width), c (B, width) -> (B, N, patch^2 * latent_channels)."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -281,10 +298,20 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(c)
 
     def positions(self, h: int, w: int) -> Tensor:
-        """The centred h x w crop of the stored grid, as tokens (1, h * w, width)."""
-        top, left = (self.config.positions - h) // 2, (self.config.positions - w) // 2
-        grid = self.pos_embed.unflatten(1, (self.config.positions, self.config.positions))
+        """The centred h x w crop of the stored grid, as tokens (1, h * w, width). ValueError where h or w is beyond the grid."""
+        side = self.config.positions
+        if max(h, w) > side:
+            raise ValueError(f"{h} x {w} patches are more than this network's grid of {side} x {side} positions: take smaller latents.")
+        top, left = (side - h) // 2, (side - w) // 2
+        grid = self.pos_embed.unflatten(1, (side, side))
         return grid[:, top : top + h, left : left + w].flatten(1, 2)
+
+    def patches(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in latents x (B, C, h, w). ValueError where h or w is no multiple of the patch."""
+        (h, w), p = x.shape[2:], self.config.patch
+        if h % p or w % p:
+            raise ValueError(f"latents of {h} x {w} do not divide into patches of {p} x {p}: take multiples of {p}.")
+        return h // p, w // p
 
     def embed(self, t: Tensor, conditioning: MMDiTConditioning) -> Tensor:
         """Times t = 1000 * sigma (B,) and pooled text -> the conditioning vector (B, width) of every block."""
@@ -302,7 +329,7 @@ class MMDiT(nn.Module):
         self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning, cut: tuple[int, int]
     ) -> tuple[Tokens, tuple[int, int]]:
         """Embed latents and text, run blocks [0, a). Returns what crosses the cut and the grid (h, w), which stays."""
-        h, w = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
+        h, w = self.patches(x)
         tokens = Tokens(self.x_embedder(x) + self.positions(h, w), self.context_embedder(conditioning.text))
         return self.run_blocks(tokens, t, conditioning, 0, cut[0]), (h, w)
 
@@ -329,7 +356,7 @@ class MMDiT(nn.Module):
 
     def begin(self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning, number: int, of: int) -> Slice:
         """Embed the number-th (from 1) of `of` slices: rows of patches of the latents x (B, C, h, w), and tokens of the text."""
-        h, w = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
+        h, w = self.patches(x)
         rows, words = piece(h, number, of), piece(conditioning.text.shape[1], number, of)
         latents = x[:, :, rows.start * self.config.patch : rows.stop * self.config.patch]
         image = self.x_embedder(latents) + self.positions(h, w)[:, rows.start * w : rows.stop * w]
@@ -345,9 +372,9 @@ class MMDiT(nn.Module):
         together = Keys(*(None if same[0] is None else torch.cat(same, dim=2) for same in zip(*keys)))
         return part._replace(tokens=self.joint_blocks[block].attend(part.tokens, queries, together))
 
-    def kind(self, block: int) -> tuple[int, int]:
+    def kind(self, block: int) -> tuple[bool, bool]:
         """Blocks of one kind do the same work."""
-        return self.joint_blocks[block].x_block.chunks, self.joint_blocks[block].context_block.chunks
+        return self.joint_blocks[block].x_block.dual, self.joint_blocks[block].context_block.last
 
     def end(self, part: Slice) -> Tensor:
         """The slice's rows of the velocity (B, C, rows, w)."""

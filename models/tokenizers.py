@@ -80,7 +80,7 @@ class T5Tokenizer:
             raise ValueError("its first pieces are not T5's padding, end and unknown")
         pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
         extra = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
-        self.words, self.length = len(pieces), length
+        self.length = length
         self.tokenizer = Tokenizer(Unigram(pieces + [(token, 0.0) for token in extra], unk_id=2, byte_fallback=False))
         self.tokenizer.add_special_tokens([piece for piece, _ in pieces[:3]] + extra)  # <pad>, </s>, <unk>
         if rules := character_map(model):

@@ -3,10 +3,11 @@
 Follows Stability-AI/generative-models, sgm/modules/diffusionmodules/openaimodel.py and sgm/modules/attention.py; parameter
 names are those of the official single file after `model.diffusion_model.`.
 
-A *cut* is a depth d. `entry` runs input_blocks[:d]; `inner` runs input_blocks[d:], the middle and output_blocks[:n-d];
-`exit` runs output_blocks[n-d:] and the output layers. The skips made by `entry` are read by `exit` alone, so exactly one
-tensor crosses in each direction. `forward` is exit(inner(entry)), whatever the cut. Cuts nest: between an `outer` depth and
-a deeper one lies a ring, of which `down` runs the input blocks and `up` the output blocks.
+A *cut* is a depth d between 0 and n, the number of input blocks, both exclusive. `entry` runs input_blocks[:d]; `inner` runs
+input_blocks[d:], the middle and output_blocks[:n-d]; `exit` runs output_blocks[n-d:] and the output layers. The skips made by
+`entry` are read by `exit` alone, so exactly one tensor crosses in each direction. `forward` is exit(inner(entry)), whatever the
+cut. Cuts nest: between an `outer` depth and a deeper one lies a ring, of which `down` runs the input blocks and `up` the output
+blocks.
 """
 
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Features(NamedTuple):
 
 
 class ResBlock(nn.Module):
-    """Residual block that adds the time embedding between its convolutions. (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Residual block that adds the embedding between its convolutions. x (B, C_in, h, w), emb (B, time_width) -> (B, C_out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, time_width: int, groups: int):
         super().__init__()
@@ -116,7 +117,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Gated linear unit: value * gelu(gate), both from one projection."""
+    """Gated linear unit: value * gelu(gate), both from one projection. (B, N, width) -> (B, N, inner)."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -140,7 +141,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each after LayerNorm, each added."""
+    """Self-attention, cross-attention to the text, feed-forward; each after LayerNorm, each added.
+
+    x (B, N, C), context (B, L, context_width) -> (B, N, C).
+    """
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
@@ -186,7 +190,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side, rounded up, by a 3x3 convolution of stride 2."""
+    """Halve the side, rounded up, by a 3x3 convolution of stride 2. (B, C, h, w) -> (B, C, ceil(h/2), ceil(w/2))."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -197,7 +201,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side by nearest neighbour, an odd side short of the last row or column; then a 3x3 convolution."""
+    """Double the side by nearest neighbour, an odd side short of the last row or column; then a 3x3 convolution.
+
+    (B, C, h, w) -> (B, C, *side), where side is (2h or 2h - 1, 2w or 2w - 1).
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -281,10 +288,17 @@ class UNet(nn.Module):
         )
 
     def embed(self, t: Tensor, conditioning: UNetConditioning) -> Tensor:
-        """Timesteps t (B,) and the vector -> the embedding (B, 4 * channels) that every residual block reads."""
+        """Timesteps t (B,) and the vector -> the embedding (B, 4 * channels) that every residual block reads.
+
+        ValueError where there is a vector and the config has none (vector_width is None), or the other way round.
+        """
+        takes, given = self.config.vector_width is not None, conditioning.vector is not None
+        if takes != given:
+            raise ValueError(f"the conditioning has {'a' if given else 'no'} vector, but this U-Net takes "
+                             + (f"one of width {self.config.vector_width}: give it." if takes else "none: give None."))
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(sinusoid(t, self.config.channels).to(dtype))
-        if conditioning.vector is not None:
+        if takes:
             emb = emb + self.label_emb(conditioning.vector)
         return emb
 

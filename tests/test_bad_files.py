@@ -9,7 +9,7 @@ import pytest
 import torch
 from mutations import MUTATIONS, acceptable, outcome
 from official import tensors, write_sparse
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small import random_states, write_folder, write_single
 
 from weights.describe import describe
@@ -75,6 +75,18 @@ def test_missing_extra_and_misshaped_tensors_are_listed_together(tmp_path: Path)
     for words in ("1 missing (joint_blocks.1.x_block.attn.qkv.bias)", "1 unexpected (joint_blocks.1.x_block.attn.odd)",
                   "1 mis-shaped (final_layer.linear.bias: [7] instead of [64])", "(t_embedder.mlp.0.bias: I64)"):
         assert words in text
+
+
+def test_what_a_folder_lacks_has_the_official_name_and_the_sentence_says_so(tmp_path: Path):
+    """Query, key and value make up one tensor there; what is unexpected has the folder's names."""
+    write_folder(tmp_path, "sd3", {"denoiser": random_states("sd3", torch.float16)["denoiser"]})
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    stored = load_file(file)
+    del stored["transformer_blocks.1.attn.to_q.bias"]
+    save_file(stored | {"transformer_blocks.1.attn.odd": torch.zeros(3)}, file)
+    text = sentence(tmp_path)
+    assert "1 missing, named as in the official single file (joint_blocks.1.x_block.attn.qkv.bias)" in text
+    assert "1 unexpected (transformer_blocks.1.attn.odd)" in text
 
 
 @pytest.mark.parametrize("names, words", [

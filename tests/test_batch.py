@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from small import random_states, write_single
 from test_command_line import SCRIPT, call, torchrun
 from tiny import free_port
 
@@ -33,8 +35,8 @@ def manifest(folder: Path) -> list[dict]:
 
 
 def test_jobs_from_lines(tmp_path):
-    (tmp_path / "prompts").write_text(LINES)
-    told = read_prompts(tmp_path / "prompts")
+    (tmp_path / "prompts").write_text("\ufeff" + LINES.replace("violet ring", "violet\u2028ring").replace("\n", "\r\n"), encoding="utf-8")
+    told = read_prompts(tmp_path / "prompts")  # as another system's editor saves it, with a line separator that JSON may hold
     assert [own["prompt"].split()[2] for own in told] == ["red", "green", "violet"]
     jobs = make_jobs(told, 2, 30, tmp_path)
     assert [job.own["seed"] for job in jobs] == [30, 31, 5, 6, 30, 31]
@@ -43,7 +45,8 @@ def test_jobs_from_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"prompt": 3}', '{"seed": 3}', '{"prompt": "a", "steps": 3}', '{"prompt": "a", "seed": true}', '{"prompt": "a", "height": "9"}', "{oops", ""]
+    "line", ['{"prompt": 3}', '{"seed": 3}', '{"prompt": "a", "steps": 3}', '{"prompt": "a", "seed": true}', '{"prompt": "a", "height": "9"}', "{oops", "",
+             '{"prompt": "a", "guidance": 1' + "0" * 400 + "}"]
 )
 def test_bad_lines_are_named(line, tmp_path):
     (tmp_path / "prompts").write_text(f"{'a star' if line else ''}\n{line}\n")
@@ -106,7 +109,30 @@ def test_a_killed_batch_goes_on(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *options, "--resume") == 0 and "0 pictures made" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [("--report", "r"), ("--images-per-prompt", "0"), ("--prompts", "none"), ("--out", "file"), ("--explain",)], ids=" ".join)
+def test_a_lines_seed_is_its_own(tmp_path, monkeypatch):
+    (tmp_path / "prompts").write_text('{"prompt": "a red star", "seed": 5}\na blue ring\n')
+    assert call(monkeypatch, "--prompts", str(tmp_path / "prompts"), "--steps", "1", "--seed", "3", "--out", str(tmp_path / "all")) == 0
+    assert [line["seed"] for line in manifest(tmp_path / "all")] == [5, 3]
+
+
+def test_pictures_of_no_batch_stay(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0002.png")
+    assert call(monkeypatch, "--prompt", "a", "--prompt", "b", "--resume", "--out", str(tmp_path)) == 1
+    assert "another picture than this run would make" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["0002.png"]
+
+
+def test_a_decoder_that_fails_on_one_rank(tmp_path):
+    """Rank 0 decodes alone; the other hears of it, and the batch goes on."""
+    states = random_states("sdxl", torch.float32)
+    states["vae"]["decoder.conv_out.bias"][0] = torch.nan
+    weights, prompts = write_single(tmp_path / "m.safetensors", "sdxl", states), ("--prompt", "a", "--prompt", "b")
+    options = ("--weights", str(weights), "--preset", "exact", "--steps", "2", "--height", "64", "--width", "64", *prompts)
+    ran = torchrun(*options, "--out", str(tmp_path / "all"))
+    assert "0 pictures made, 2 failed" in ran.stdout and "another autoencoder" in ran.stdout, ran.stderr
+    assert all(line["status"] == "failed" for line in manifest(tmp_path / "all"))
+
+
+@pytest.mark.parametrize("options", [("--report", "r"), ("--images-per-prompt", "0"), ("--prompts", "none"), ("--out", "file"), ("--explain",), ("--decode", "file"), ("--transport", "nccl")], ids=" ".join)
 def test_several_pictures_refused_in_one_sentence(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")

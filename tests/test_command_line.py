@@ -128,6 +128,7 @@ REFUSED = [
     ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
     ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--reused", "31"), ("--full-first", "1"), ("--full-first", "30", "--reused", "16"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
+    ("--resume",), ("--decode", "p", "--report", "r"), ("--preset", "paper", "--slope", "nan"), ("--transport", "nccl"), ("--timeo", "5"),
     ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"),
 ]  # fmt: skip
 

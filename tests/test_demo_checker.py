@@ -49,6 +49,13 @@ def test_a_smear_has_no_shape_and_a_blank_picture_no_object():
     assert [item.shape for item in look(smear)[1]] == ["?"]
 
 
+def test_a_thing_of_two_colours_has_none():
+    picture = render(Scene("white", (Object("red", "square", "large", 0.5, 0.5, 0.2),)))
+    assert [item.colour for item in look(picture)[1]] == ["red"]
+    picture[:, :58] = render(Scene("white", (Object("blue", "square", "large", 0.5, 0.5, 0.2),)))[:, :58]
+    assert [(item.colour, item.shape) for item in look(picture)[1]] == [("?", "square")]
+
+
 def test_truth_goes_by_place():
     """The first object is the left or upper one, whichever the caption names first."""
     left, right = Object("red", "ring", "small", 0.2, 0.5, 0.1), Object("blue", "star", "large", 0.7, 0.5, 0.2)

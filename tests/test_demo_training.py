@@ -1,14 +1,17 @@
 """The demo training: a run that was killed goes on as if it had not been, a checkpoint can be trained on, the losses by hand."""
 
+import json
+import shutil
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from weights.demo import loop
+from weights.demo import loop, text_encoders, train, train_vae
 from weights.demo.denoisers import FAMILIES, PARTS, READING, SD3Demo, reading_error
 from weights.demo.loop import Plan, Run
 from weights.demo.scenes import COLOURS, SHAPES
@@ -17,7 +20,7 @@ from weights.demo.train import begun
 from weights.demo.train_vae import Weights, autoencoder_loss, covered, psnr
 from weights.load import open_checkpoint
 
-PLAN = Plan(steps=12, batch=4, rate=1e-2, warmup=2, report_every=3, save_seconds=0.0)  # saves after every step
+PLAN = Plan(steps=12, batch=4, rate=1e-2, warmup=2, report_every=3, save_seconds=0.0)  # saves at every report
 
 
 class Killed(Exception):
@@ -42,7 +45,7 @@ def fit(run: Run, killed_at: int | None = None) -> None:
 
 @pytest.mark.parametrize("killed_at, muon", [(0, 0.0), (1, 0.0), (5, 0.0), (5, 3.0), (11, 3.0)])
 def test_killed_run_goes_on(tmp_path, killed_at, muon):
-    """Equal: weights, moving average and the steps of the curve, whatever the step it was killed at; with and without Muon."""
+    """Equal: weights, moving average and the curve of the loss, whatever the step it was killed at; with and without Muon."""
     if muon and not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon: it came with 2.9")
     (tmp_path / "whole").mkdir()
@@ -51,13 +54,80 @@ def test_killed_run_goes_on(tmp_path, killed_at, muon):
     fit(whole)
     with pytest.raises(Killed):
         fit(run_in(tmp_path, muon=muon), killed_at)
-    resumed = run_in(tmp_path, model_seed=1 if killed_at else 0, muon=muon)  # what it begins with does not matter once a state is there
-    assert resumed.step == killed_at
+    resumed = run_in(tmp_path, model_seed=1 if killed_at >= 3 else 0, muon=muon)  # what it begins with does not matter once a state is there
+    assert resumed.step == killed_at - killed_at % 3
     fit(resumed)
     for name, weight in whole.trained.items():
         assert torch.equal(weight, resumed.trained[name]) and torch.equal(whole.average[name], resumed.average[name])
-    assert [step for step, _ in resumed.curve] == [3, 6, 9, 12]
+    assert [step for step, _ in resumed.curve] == [3, 6, 9, 12] and resumed.curve == whole.curve
     assert loop.record(tmp_path / "run.safetensors")["steps"] == 12
+
+
+def test_states_of_other_runs_are_refused(tmp_path):
+    """One sentence for another plan, another source, another network; and for a loss that is no number, with the state before it kept."""
+    fit(run_in(tmp_path))
+    file, model = tmp_path / "run.safetensors", nn.Linear(3, 1)
+    for kind, words in ((replace(PLAN, steps=13), "steps 12 instead of 13"), (replace(PLAN, rate=1e-3), "rate 0.01 instead of 0.001")):
+        with pytest.raises(SystemExit, match=words):
+            Run(model, kind, file)
+    with pytest.raises(SystemExit, match="source .* instead of other"):
+        Run(model, PLAN, file, "other")
+    with pytest.raises(SystemExit, match="another network"):
+        Run(model, PLAN, file)
+    (tmp_path / "none").mkdir()
+    run = run_in(tmp_path / "none")
+    with pytest.raises(SystemExit, match="the loss is nan at step 3"):
+        run.fit(lambda generator, step: run.model(torch.full((1, 3), float("nan"))).sum())
+    assert not run.state_file.exists()
+
+
+def test_the_whole_command(tmp_path, monkeypatch, capsys):
+    """Two steps a stage: a checkpoint that opens and its record; killed before the last stage it goes on; without a state nothing is exported."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon: it came with 2.9")
+    weights, out = tmp_path / "weights", tmp_path / "out"
+    weights.mkdir()
+    for name in text_encoders.FILES:
+        shutil.copy(train.HERE / name, weights)
+    for module in (text_encoders, train_vae):
+        monkeypatch.setattr(module, "PLAN", replace(module.PLAN, steps=2, batch=2))
+    monkeypatch.setattr(train_vae, "LATENTS", 32)
+    monkeypatch.setattr(text_encoders, "accuracy", lambda *_: {})
+    monkeypatch.setattr(SD3Demo, "sample", lambda self, ids, empty, noise, **_: noise)
+    kept = train.train_denoiser
+
+    def call(*options: str) -> None:
+        monkeypatch.setattr("sys.argv", ["train", "--family", "sd3", "--out", str(out), "--weights", str(weights), "--steps", "2", *options])
+        train.main()
+
+    def killed(model, run, *rest) -> None:
+        if "denoiser" in run.state_file.stem:
+            raise Killed
+        kept(model, run, *rest)
+
+    def refused(*options: str) -> str:
+        with pytest.raises(SystemExit):
+            call(*options)
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(train, "train_denoiser", killed)
+    with pytest.raises(Killed):
+        call()
+    assert "sd3-denoiser.safetensors yet; train first" in refused("--export") and not (weights / "demo-sd3.safetensors").exists()
+    monkeypatch.setattr(train, "train_denoiser", kept)
+    call()
+    told = json.loads((weights / "demo-sd3.training.json").read_text())
+    assert list(told["stages"]) == ["text-encoders", "sd3-vae", "sd3-coarse", "sd3-denoiser"]
+    assert all(stage["steps"] == 2 and stage["device"] == "cpu" and len(stage["loss"]) == 1 for stage in told["stages"].values())
+    checkpoint = open_checkpoint(str(weights / "demo-sd3.safetensors"))
+    assert checkpoint.family == "sd3" and checkpoint.defaults["guidance"] == 3.0
+    (weights / "demo-sd3.safetensors").unlink()
+    call("--export")
+    assert open_checkpoint(str(weights / "demo-sd3.safetensors")).digest() == checkpoint.digest()
+    (out / "sd3-coarse.safetensors").write_bytes((out / "sd3-denoiser.safetensors").read_bytes())
+    with pytest.raises(SystemExit, match="another run"):
+        call()
+    assert "of family sdxl" in refused("--begin-with", "demo-sdxl")
 
 
 def test_killed_while_it_saves(tmp_path, monkeypatch):
@@ -66,14 +136,14 @@ def test_killed_while_it_saves(tmp_path, monkeypatch):
         fit(run_in(tmp_path), killed_at=4)
     before = (tmp_path / "run.safetensors").read_bytes()
 
-    def half(tensors: dict, path, metadata: dict) -> None:
-        path.write_bytes(before[: len(before) // 2])
+    def half(path: Path, whole: bytes) -> None:
+        path.write_text("half of it")
         raise Killed
 
-    monkeypatch.setattr(loop, "save_file", half)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(Path, "write_bytes", half)
         fit(run_in(tmp_path))
-    assert (tmp_path / "run.safetensors").read_bytes() == before
+    assert (tmp_path / "run.safetensors").read_bytes() == before and len([*tmp_path.iterdir()]) == 1
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

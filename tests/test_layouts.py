@@ -55,6 +55,16 @@ def test_openclip_thirds_and_transposed_projection():
     assert len(result) == 7
 
 
+def test_openclip_projection_stored_as_a_linear_layer_is_taken_as_it_is():
+    """The name alone tells: in bigG both are square. Position ids under either name are of no use."""
+    rest = {"transformer.resblocks.0.ln_1.bias": counted(3), "text_model.embeddings.position_ids": counted(1, 77),
+            "transformer.text_model.embeddings.position_ids": counted(1, 77)}  # fmt: skip
+    for name, expected in (("text_projection.weight", counted(3, 3)), ("text_projection", counted(3, 3).T)):
+        result = made("clip", rest | {name: counted(3, 3)})
+        assert result.keys() == {"text_model.encoder.layers.0.layer_norm1.bias", "text_projection.weight"}
+        assert torch.equal(result["text_projection.weight"], expected)
+
+
 def test_projection_in_transformers_naming_is_taken_as_it_is():
     tensors = {"text_projection.weight": counted(3, 3), "text_model.final_layer_norm.bias": counted(3)}
     assert torch.equal(made("clip", tensors)["text_projection.weight"], counted(3, 3))
@@ -94,6 +104,7 @@ def test_places_in_the_autoencoder():
     ("unet", ["down_blocks.0.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv9.weight"], ["conv9"]),
     ("vae", ["decoder.up_blocks.0.resnets.0.conv1.weight", "decoder.mid_block.attentions.0.to_q.bias",
              "decoder.mid_block.attentions.0.query.bias"], ["to_q"]),
+    ("clip", ["transformer.resblocks.0.ln_1.bias", "text_projection", "text_projection.weight"], ["text_projection.weight"]),
 ])  # fmt: skip
 def test_what_no_rule_knows_or_two_keys_claim_is_unexpected(kind: str, keys: list[str], unexpected: list[str]):
     _, found = translate(kind, keys)

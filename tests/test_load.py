@@ -25,7 +25,7 @@ from hybridiff.text import encode
 from weights import find
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
-from weights.parts import PREFIXES
+from weights.parts import FOLDERS, PREFIXES
 
 torch.set_num_threads(1)
 
@@ -106,7 +106,7 @@ def test_shards_and_fp16_variants_of_a_folder(family: str, states: dict, folder:
     for stray in ("another_model", "pytorch_lora_weights"):  # beside the model's own file
         save_file({"x": torch.zeros(1)}, next((tmp_path / "old").glob("vae/*.safetensors")).with_name(f"{stray}.safetensors"))
     assert_equal(open_checkpoint(str(tmp_path / "old")), states)
-    next((tmp_path / "shards").rglob("*-00002-of-*.safetensors")).unlink()
+    next((tmp_path / "shards" / FOLDERS[family]["denoiser"]).glob("*-00002-of-*.safetensors")).unlink()
     with pytest.raises(WeightsError, match="shards: fetch the others"):
         open_checkpoint(str(tmp_path / "shards"))
 
@@ -116,7 +116,10 @@ def test_optional_tensors_are_accepted_present(family: str, states: dict, tmp_pa
         PREFIXES[family]["clip_l"] + "text_model.embeddings.position_ids": torch.arange(12)[None],
         "model_ema.decay": torch.tensor(0.5), "alphas_cumprod": torch.zeros(1000), "betas": torch.zeros(1000),
     }  # fmt: skip
-    extra |= {"denoiser.sigmas": torch.zeros(1000), "conditioner.embedders.0.logit_scale": torch.tensor(4.6)} if family == "sdxl" else {
+    extra |= {
+        "denoiser.sigmas": torch.zeros(1000), "conditioner.embedders.0.logit_scale": torch.tensor(4.6),
+        PREFIXES[family]["clip_g"] + "transformer.text_model.embeddings.position_ids": torch.arange(12)[None],
+    } if family == "sdxl" else {
         "model.model_sampling.sigmas": torch.zeros(1000), "text_encoders.t5xxl.logit_scale": torch.tensor(1.0),
     }  # fmt: skip
     assert_equal(open_checkpoint(str(write_single(tmp_path / "x.safetensors", family, states, extra=extra))), states)
@@ -133,6 +136,38 @@ def test_clip_l_of_sdxl_without_its_unused_end(tmp_path: Path):
     whole, less = (open_checkpoint(str(tmp_path / f"{name}.safetensors")).load("clip_l", torch.float32)
                    for name in ("whole", "short"))  # fmt: skip
     assert torch.equal(less(ids)[0], whole(ids)[0])
+
+
+def test_bigg_with_its_projection_stored_as_a_linear_layer(tmp_path: Path):
+    states = random_states("sdxl", torch.float16)
+    stored = load_file(write_single(tmp_path / "x.safetensors", "sdxl", states))
+    name = PREFIXES["sdxl"]["clip_g"] + "text_projection"
+    stored[f"{name}.weight"] = stored.pop(name).T.contiguous()
+    save_file(stored, tmp_path / "y.safetensors")
+    assert_equal(open_checkpoint(str(tmp_path / "y.safetensors")), states)
+
+
+def test_a_projection_of_clip_l_counts_in_sd3_folders_alone(tmp_path: Path):
+    """Inside a file, named by option or found beside: the module is that without one, as in Stability's code."""
+    sizes = SIZES["sd3"] | {"clip_l": replace(SIZES["sd3"]["clip_l"], width=768, heads=12, layers=12)}  # the width tells what a lone file is
+    sizes["denoiser"] = replace(sizes["denoiser"], pooled_width=768 + 128)
+    states = random_states("sd3", torch.float16, sizes)
+    projected = states["clip_l"] | {"text_projection.weight": torch.ones(768, 768, dtype=torch.float16)}
+    (tmp_path / "alone").mkdir()
+    inside = write_single(tmp_path / "m.safetensors", "sd3", states | {"clip_l": projected})
+    alone = write_single(tmp_path / "alone" / "m.safetensors", "sd3", {part: state for part, state in states.items() if part != "clip_l"})
+    save_file(projected, tmp_path / "clip.safetensors")
+    assert_equal(open_checkpoint(str(inside)), states)
+    assert_equal(open_checkpoint(str(alone), text_encoders=[str(tmp_path / "clip.safetensors")]), states)
+    (tmp_path / "clip.safetensors").rename(tmp_path / "alone" / "clip.safetensors")
+    assert_equal(open_checkpoint(str(alone)), states)
+
+    small = random_states("sd3", torch.float16)
+    folder, projection = tmp_path / "folder", torch.rand(64, 64).half()
+    write_folder(folder, "sd3", {part: small[part] for part in ("denoiser", "clip_l")})
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file(load_file(file) | {"text_projection.weight": projection}, file)
+    assert_equal(open_checkpoint(str(folder)), {"clip_l": small["clip_l"] | {"text_projection.weight": projection}})
 
 
 def test_t5_under_either_name_of_its_table_and_in_fp8(tmp_path: Path):
@@ -232,6 +267,36 @@ def test_a_text_encoder_beside_that_does_not_fit_gives_way_to_one_that_does(tmp_
     assert "1 unexpected" in describe(alone) and "fp8 weights with scales" in describe(alone)
     save_file(states["t5"], tmp_path / "b.safetensors")
     assert_equal(open_checkpoint(str(path)), states)
+
+
+def test_a_folder_whose_t5_cannot_be_used_opens_without_it(tmp_path: Path):
+    """The note says why, as for a file beside a single file; another T5 can be named, which must fit."""
+    states = random_states("sd3", torch.float16)
+    narrow = random_states("sd3", torch.float16, {"t5": replace(SIZES["sd3"]["t5"], width=128)})["t5"]
+    for name, state in (("t5", states["t5"]), ("narrow", narrow)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    write_folder(tmp_path / "whole", "sd3", states)
+    norm = "encoder.final_layer_norm.weight"
+    lacking = {name: tensor for name, tensor in states["t5"].items() if name != norm}
+    spoilt = {
+        "no .safetensors file": lambda file: file.unlink(),
+        "1 of 2 shards": lambda file: file.rename(file.with_name("model-00001-of-00002.safetensors")),
+        "cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        norm: lambda file: save_file(lacking, file),
+        "T5 128 wide": lambda file: save_file(narrow, file),
+        "feed_forward_proj": lambda file: file.with_name("config.json").write_text('{"feed_forward_proj": "relu"}'),
+    }
+    for i, (words, spoil) in enumerate(spoilt.items()):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
+        spoil(folder / "text_encoder_3" / "model.safetensors")
+        checkpoint = open_checkpoint(str(folder))
+        (note,) = checkpoint.notes["t5"]
+        assert words in note and f"Optional: t5 is missing ({note}): fetch its sub-folder" in describe(checkpoint)
+        assert checkpoint.parts == ("denoiser", "vae", "clip_l", "clip_g") and needs(checkpoint) == []
+        assert_equal(checkpoint, {part: state for part, state in states.items() if part != "t5"})
+        assert_equal(open_checkpoint(str(folder), text_encoders=[str(tmp_path / "t5.safetensors")]), states)
+        with pytest.raises(WeightsError, match="T5 128 wide does not fit"):
+            open_checkpoint(str(folder), text_encoders=[str(tmp_path / "narrow.safetensors")])
 
 
 def test_metadata_says_what_shapes_cannot(states: dict, family: str, tmp_path: Path):

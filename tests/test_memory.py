@@ -18,7 +18,7 @@ import hybridiff.memory
 import train_free_sample
 from benchmarks.full_size import make_task
 from hybridiff.errors import UsageError
-from hybridiff.memory import FEATURES, demands, refuse_too_large
+from hybridiff.memory import FEATURES, Place, demands, refuse_too_large
 from hybridiff.pipeline import Request
 from hybridiff.presets import PAPER_RULES
 from models.autoencoder import Autoencoder, AutoencoderConfig
@@ -96,14 +96,26 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""  # a child of t
 def test_refused_with_figures_and_advice(family: str, monkeypatch: pytest.MonkeyPatch):
     """One byte less than the largest need is refused, the need itself is not."""
     checkpoint = open_checkpoint(f"demo-{family}")
-    need = max(host for _, host, _ in demands(checkpoint, REQUEST, False, 2, 1))
+    need = max(host for _, host, _ in demands(checkpoint, REQUEST, Place(cuda=False, ranks=2, sharing=1, kept=False)))
     monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need)
-    refuse_too_large(checkpoint, REQUEST, CPU, 2)
+    refuse_too_large(checkpoint, REQUEST, CPU, 2, kept=False)
     monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need - 1)
     with pytest.raises(UsageError) as caught:
-        refuse_too_large(checkpoint, REQUEST, CPU, 2)
+        refuse_too_large(checkpoint, REQUEST, CPU, 2, kept=False)
     assert f"{need / 1e9:,.1f} GB" in str(caught.value) and "--tiles" in str(caught.value) and "smaller --height" in str(caught.value)
-    refuse_too_large(checkpoint, replace(REQUEST, tiles=True), CPU, 2)
+    refuse_too_large(checkpoint, replace(REQUEST, tiles=True), CPU, 2, kept=False)
+
+
+def test_networks_that_stay_add_up(monkeypatch: pytest.MonkeyPatch):
+    """With several pictures everything stays loaded, which one picture a run avoids."""
+    checkpoint, small = open_checkpoint("demo-sd3"), replace(REQUEST, height=128, width=128)
+    alone, kept = ([gpu for _, _, gpu in demands(checkpoint, small, Place(True, 2, 1, kept))] for kept in (False, True))
+    assert kept[0] == alone[0] and kept[-1] > sum(alone[:3]) + alone[-1]
+    monkeypatch.setattr(hybridiff.memory, "demands", lambda checkpoint, request, where: [("the decoder", 9 if where.kept else 5, 0)])
+    monkeypatch.setattr(hybridiff.memory, "free_host", lambda: 7)
+    refuse_too_large(checkpoint, small, CPU, 1, kept=False)
+    with pytest.raises(UsageError, match="try one picture a run"):
+        refuse_too_large(checkpoint, small, CPU, 1, kept=True)
 
 
 def test_weights_of_the_file_need_no_memory_of_their_own():
@@ -111,6 +123,6 @@ def test_weights_of_the_file_need_no_memory_of_their_own():
     checkpoint = open_checkpoint("demo-sd3")
     stored = checkpoint.dtype("denoiser")
     other = torch.float32 if stored != torch.float32 else torch.float16
-    sizes = [next(host for words, host, _ in demands(checkpoint, replace(REQUEST, dtype=dtype), False, 2, 1) if "denoiser" in words) for dtype in (stored, other)]
+    sizes = [next(host for words, host, _ in demands(checkpoint, replace(REQUEST, dtype=dtype), Place(False, 2, 1, False)) if "denoiser" in words) for dtype in (stored, other)]
     count = sum(tensor.numel() for tensor in checkpoint.part("denoiser").module.state_dict().values())
     assert sizes[0] / stored.itemsize * other.itemsize + 1.9 * count * other.itemsize < sizes[1]

@@ -174,6 +174,35 @@ def test_every_cut_of_the_unet_equals_forward(blocks: int, height: int, width: i
         assert torch.equal(net.exit(result, skips, t, conditioning, cut), expected)
 
 
+@pytest.mark.parametrize("vector_width", [20, None])
+@torch.inference_mode()
+def test_the_unet_refuses_a_vector_that_its_config_does_not_tell_of_and_asks_for_one_that_it_does(vector_width: int | None):
+    config = UNetConfig(channels=16, multipliers=(1, 2), blocks=1, depths=(0, 1), middle_depth=1, heads=(1, 2), context_width=24,
+                        vector_width=vector_width, groups=8)  # fmt: skip
+    net, x, t, text = UNet(config), noise(1, 4, 8, 8), torch.tensor([700.0]), noise(1, 5, 24)
+    right, wrong = (noise(1, 20), None) if vector_width else (None, noise(1, 20))
+    assert net(x, t, UNetConditioning(text, right)).shape == x.shape
+    with pytest.raises(ValueError, match="has no vector.* width 20" if vector_width else "has a vector.* none"):
+        net(x, t, UNetConditioning(text, wrong))
+
+
+@pytest.mark.parametrize("height, width, words", [
+    (10, 10, "5 x 5 patches"), (12, 12, "6 x 6 patches"), (10, 8, "5 x 4 patches"), (8, 12, "4 x 6 patches"),
+    (7, 8, "latents of 7 x 8"), (8, 5, "latents of 8 x 5"),
+])  # fmt: skip
+@torch.inference_mode()
+def test_the_mmdit_refuses_latents_beyond_its_grid_or_between_patches(height: int, width: int, words: str):
+    """One or two patches over in both directions, the crop would be a single position, which goes with every patch."""
+    net = MMDiT(MMDiTConfig(width=32, depth=2, heads=2, context_width=24, pooled_width=20, positions=4))
+    t, conditioning = torch.tensor([700.0]), MMDiTConditioning(noise(1, 5, 24), noise(1, 20))
+    assert net(noise(1, 16, 8, 8), t, conditioning).shape == (1, 16, 8, 8)
+    x = noise(1, 16, height, width)
+    with pytest.raises(ValueError, match=words):
+        net(x, t, conditioning)
+    with pytest.raises(ValueError, match=words):
+        net.begin(x, t, conditioning, 1, 2)
+
+
 @torch.inference_mode()
 def test_every_cut_of_the_mmdit_equals_forward():
     config = MMDiTConfig(width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=8, qk_norm=True,

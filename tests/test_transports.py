@@ -1,6 +1,8 @@
 """How values travel: every message pattern over gloo; NCCL is chosen where it can be had and refused in a sentence where not."""
 
+import itertools
 import os
+import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -74,8 +76,34 @@ def test_every_pattern_over_gloo(world: int, tmp_path: Path):
 
 def test_one_process_sends_nothing():
     Mailbox().open_lanes(CPU, "gloo")
-    with pytest.raises(UsageError, match="one process"):
-        Mailbox().open_lanes(CPU, "nccl")
+    Mailbox().leave()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_first_messages_never_wait_for_each_other(world: int, monkeypatch: pytest.MonkeyPatch):
+    """Threads play the ranks; their sends and receives wait, as NCCL's first ones do, until the other end of the same lane is there."""
+    lanes, late = {pair: threading.Barrier(2) for pair in itertools.permutations(range(world), 2)}, []
+
+    def meets(word: torch.Tensor, other: int, group: tuple[int, int]) -> None:
+        try:
+            lanes[group].wait(5)
+        except threading.BrokenBarrierError:
+            late.append(group)
+
+    def play(number: int) -> None:
+        rank = object.__new__(Ranks)
+        rank.rank, rank.world, rank.members, rank.timeout = number, world, tuple(range(world)), timedelta(seconds=20)
+        rank.wire, rank.lanes = CPU, {pair: pair for pair in lanes}
+        rank.meet()
+
+    monkeypatch.setattr(hybridiff.transport.dist, "send", meets)
+    monkeypatch.setattr(hybridiff.transport.dist, "recv", meets)
+    ranks = [threading.Thread(target=play, args=(number,)) for number in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert late == [] and not any(rank.is_alive() for rank in ranks)
 
 
 def watching(rank: int, port: int, dies: bool) -> None:
@@ -123,8 +151,8 @@ def test_nccl_needs_a_gpu_a_rank(gpus, ranks, nccl, words, monkeypatch: pytest.M
 def test_the_ranks_choose_alike(told, wish, backend, wire, monkeypatch: pytest.MonkeyPatch):
     """From what all ranks told; values for gloo are staged in host memory."""
     rank = object.__new__(Ranks)
-    rank.rank, rank.world, rank.members, rank.all_teams, rank.timeout = 0, 2, (0, 1), [(0, 1)], timedelta(seconds=5)
-    rank.gather, rank.watch_peers = lambda word: told, lambda: None
+    rank.rank, rank.world, rank.members, rank.all_teams, rank.team, rank.timeout = 0, 2, (0, 1), [(0, 1)], 0, timedelta(seconds=5)
+    rank.gather, rank.watch_peers, rank.meet = lambda word: told, lambda: None, lambda: None
     monkeypatch.setattr(hybridiff.transport.dist, "new_group", lambda *given, backend, **named: backend)
     rank.open_lanes(torch.device("cuda", 0), wish)
     assert rank.backend == backend and rank.wire.type == wire and set(rank.lanes.values()) == {backend}

@@ -103,9 +103,12 @@ def check_part(name: str, part: Part, family: str) -> Fitted:
     sources = {target: source for target, source in sources.items() if target in expected}
     misshaped += [f"{key}: {list(shapes[key])} instead of {list(expected[key])}" for key in sources
                   if key in shapes and shapes[key] != expected[key]]  # fmt: skip
+    naming = ""  # `missing` has our names, `unexpected` the file's
+    if any(target not in source.keys for target, source in sources.items()):
+        naming = f", named as {'by Hugging Face' if part.kind == 'clip' else 'in the official single file'}"
     used = {key for source in sources.values() for key in source.keys}
     other = [f"{key}: {part.entries[key].dtype}" for key in sorted(used) if part.entries[key].dtype not in FLOATS]
-    kinds = (("missing", missing), ("unexpected", sorted(unexpected)), ("mis-shaped", misshaped),
+    kinds = ((f"missing{naming}", missing), ("unexpected", sorted(unexpected)), ("mis-shaped", misshaped),
              ("of a dtype that is no float known here", other))  # fmt: skip
     report = [f"{len(names)} {what} ({some(names)})" for what, names in kinds if names]
     if report:

@@ -193,7 +193,11 @@ OPENCLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp
 
 
 def openclip(keys: Collection[str]) -> list[Rule]:
-    """OpenCLIP: q, k, v fused; the projection stored for x @ P where nn.Linear has x @ W.T."""
+    """OpenCLIP: q, k, v fused; the projection stored for x @ P where nn.Linear has x @ W.T.
+
+    Files by older convert scripts of diffusers keep the projection as nn.Linear has it, as `text_projection.weight`; ComfyUI
+    (comfy/utils.py, clip_text_transformers_convert) tells the two apart by the name too.
+    """
     layer = r"transformer\.resblocks\.(\d+)\."
 
     def fused(i: str, kind: str) -> list[tuple[str, str]]:
@@ -205,10 +209,12 @@ def openclip(keys: Collection[str]) -> list[Rule]:
         (r"positional_embedding", lambda: copy("text_model.embeddings.position_embedding.weight")),
         (r"ln_final\.(\w+)", lambda kind: copy(f"text_model.final_layer_norm.{kind}")),
         (r"text_projection", lambda: [("text_projection.weight", "transpose")]),
+        identity(r"text_projection\.weight"),
         (layer + r"attn\.in_proj_(weight|bias)", fused),
         (layer + rf"({'|'.join(map(re.escape, OPENCLIP_LAYER))})\.(weight|bias)",
          lambda i, name, kind: copy(f"text_model.encoder.layers.{i}.{OPENCLIP_LAYER[name]}.{kind}")),
-        (r"logit_scale|attn_mask", lambda: []),  # training's temperature, a constant
+        # training's temperature, a constant, and 0..76, which ComfyUI and older versions of transformers save too
+        (r"logit_scale|attn_mask|(?:transformer\.)?text_model\.embeddings\.position_ids", lambda: []),
     ]  # fmt: skip
 
 
@@ -261,10 +267,11 @@ def translate(kind: str, keys: Collection[str]) -> tuple[dict[str, Source], list
             unexpected.append(key)
             continue
         for name, how in targets(*match.groups()):
-            if how in found.setdefault(name, {}):
+            pieces = found.setdefault(name, {})
+            if how in pieces or pieces and not {how, *pieces} <= set("qkv"):
                 unexpected.append(key)  # a second key for the same thing
             else:
-                found[name][how] = key
+                pieces[how] = key
     sources = {}
     for name, pieces in found.items():
         if pieces.keys() == set("qkv"):

@@ -18,7 +18,7 @@ from models.tokenizers import CLIPTokenizer, T5Tokenizer
 from weights.check import Config, Fitted, build, check_part, check_together
 from weights.files import FLOATS, Reader, WeightsError
 from weights.find import locate
-from weights.parts import PREFIXES, Contents, read_beside, read_encoder, read_folder, read_single
+from weights.parts import PREFIXES, Contents, Part, read_beside, read_encoder, read_folder, read_single
 from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
 
 PARTS = ("denoiser", "vae", "clip_l", "clip_g", "t5")
@@ -31,7 +31,7 @@ class Checkpoint:
 
     `family` "sdxl" or "sd3"; `layout` "single" or "folder"; `defaults` what it proposes (prompt, height, width,
     guidance, shift, as far as given); `zero_negative` whether SDXL is told zeros where there is no negative prompt (else
-    the empty text); `notes` part -> why files beside it cannot be used;
+    the empty text); `notes` part -> why files beside it, or the folder's own T5, cannot be used;
     `remarks` sentences that the user should read; with `keep`, what is loaded stays, for the pictures to come.
     """
 
@@ -40,13 +40,14 @@ class Checkpoint:
     def __init__(self, contents: Contents, t5_file: str | None = None):
         self.family, self.layout, self.path = contents.family, contents.layout, contents.path
         self.defaults, self.zero_negative = contents.defaults, contents.zero_negative
-        self.notes: dict[str, list[str]] = {}
+        self.notes: dict[str, list[str]] = dict(contents.notes)
         self.remarks = contents.remarks
         self.t5_length, self.t5_file = contents.t5_length or T5_LENGTH, t5_file and os.path.expanduser(t5_file)
-        self.fitted: dict[str, Fitted] = {
-            name: check_part(name, contents.parts[name], self.family) for name in PARTS if name in contents.parts
-        }
+        parts = dict(contents.parts)
+        own_t5 = [parts.pop("t5")] if "t5" in parts and parts["t5"].place.is_dir() else []  # a folder's, which can be done without
+        self.fitted: dict[str, Fitted] = {name: check_part(name, parts[name], self.family) for name in PARTS if name in parts}
         check_together(self.path, self.family, {name: part.config for name, part in self.fitted.items()})
+        self.take_first("t5", own_t5)
         self.tokenizers: dict[str, CLIPTokenizer | T5Tokenizer | T5JsonTokenizer] = {}  # those that were asked for
         self.kept: dict[tuple, nn.Module] = {}  # arguments of `load` -> module
 
@@ -59,17 +60,21 @@ class Checkpoint:
         """Text encoders that an SD3 file lacks, from the files beside it: the largest that fits, and notes why others do not."""
         found, self.notes = read_beside(self.path, [part for part in ("clip_l", "clip_g", "t5") if part not in self.fitted])
         for part, candidates in found.items():
-            for candidate in candidates:
-                try:
-                    fitted = check_part(part, candidate, self.family)
-                    configs = {name: other.config for name, other in self.fitted.items()} | {part: fitted.config}
-                    check_together(candidate.place, self.family, configs)
-                except WeightsError as error:
-                    self.notes.setdefault(part, []).append(str(error).rstrip("."))
-                else:
-                    self.fitted[part] = fitted
-                    self.notes.pop(part, None)
-                    break
+            self.take_first(part, candidates)
+
+    def take_first(self, name: str, candidates: Sequence[Part]) -> None:
+        """Of the candidates for a part the first that fits, or notes why none does."""
+        for candidate in candidates:
+            try:
+                fitted = check_part(name, candidate, self.family)
+                configs = {other: part.config for other, part in self.fitted.items()} | {name: fitted.config}
+                check_together(candidate.place, self.family, configs)
+            except WeightsError as error:
+                self.notes.setdefault(name, []).append(str(error).rstrip("."))
+            else:
+                self.fitted[name] = fitted
+                self.notes.pop(name, None)
+                break
 
     def leave_out(self, name: str) -> None:
         """Go on as if there were no such part (T5 can be done without)."""
@@ -131,7 +136,7 @@ class Checkpoint:
         return module
 
     def digest(self) -> str:
-        """A hash of names, shapes, dtypes and eight values from the middle of every tensor; two checkpoints that share it are the same."""
+        """A hash of names, shapes, dtypes and eight values from the middle of every tensor; two checkpoints that share it are almost surely the same."""
         told = hashlib.sha256()
         read = Reader()
         for part, fitted in self.fitted.items():

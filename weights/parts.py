@@ -6,7 +6,7 @@ File and folder names decide nothing, but for the sub-folders of the Hugging Fac
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from weights.files import Entry, WeightsError, read_header
@@ -101,6 +101,7 @@ class Contents:
     t5_length: int | None = None
     zero_negative: bool = True  # SDXL: whether no negative prompt means zeros (else the empty text)
     remarks: Sequence[str] = ()  # what the user should know, a sentence each
+    notes: Mapping[str, list[str]] = field(default_factory=dict)  # part -> why what is there cannot be used
 
 
 def kind_of(part: str, family: str) -> str:
@@ -148,9 +149,19 @@ def read_single(path: Path) -> Contents:
     for part in prefixes:
         if part in found:
             kind = kind_of(part, family)
-            parts[part] = Part(kind, path, found[part], table(path, config, kind if part == "denoiser" else part))
+            given = table(path, config, kind if part == "denoiser" else part)
+            parts[part] = Part(kind, path, without_projection(part, found[part]), given)
     defaults = checked_defaults(path, table(path, config, "defaults"))
     return Contents(family, "single", path, parts, defaults, t5_length(path, config))
+
+
+def without_projection(part: str, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The tensors of a part of a single file that are used: CLIP-L's without the projection of the pooled state.
+
+    Some files have one. Stability's code does not apply it (Stability-AI/sd3-ref, class ClipL: return_projected_pooled=False),
+    and diffusers puts the identity in its place; only a Hugging Face folder's is meant to be used.
+    """
+    return {key: entry for key, entry in entries.items() if (part, key) != ("clip_l", "text_projection.weight")}
 
 
 def other_kind(keys: list[str]) -> str:
@@ -204,18 +215,23 @@ def t5_length(path: Path, config: Mapping) -> int | None:
 
 
 def read_folder(path: Path) -> Contents:
-    """Contents of a folder in Hugging Face layout."""
+    """Contents of a folder in Hugging Face layout. A T5 that cannot be used is left out, with a note why."""
     family = next((family for family, folders in FOLDERS.items() if (path / folders["denoiser"]).is_dir()), None)
     if family is None:
         raise WeightsError(f"{path} has neither unet/ nor transformer/ in it: give the folder of an SDXL or SD3 model"
                            " in Hugging Face layout, or a .safetensors file.")
-    parts = {}
+    parts, notes = {}, {}
     for part, name in FOLDERS[family].items():
         folder, kind = path / name, kind_of(part, family)
         if folder.is_dir() and (part == "denoiser" or any(folder.iterdir())):
-            config = read_json(folder / "config.json")
-            require(folder / "config.json", config, FIXED[kind])
-            parts[part] = Part(kind, folder, folder_entries(folder), given_by_json(kind, config))
+            try:
+                config = read_json(folder / "config.json")
+                require(folder / "config.json", config, FIXED[kind])
+                parts[part] = Part(kind, folder, folder_entries(folder), given_by_json(kind, config))
+            except WeightsError as error:
+                if part != "t5":
+                    raise
+                notes[part] = [str(error).rstrip(".")]
     check_denoiser(parts["denoiser"], family)
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     remarks = []
@@ -232,7 +248,8 @@ def read_folder(path: Path) -> Contents:
     zeros = read_json(index).get("force_zeros_for_empty_prompt", True)
     if not isinstance(zeros, bool):
         raise WeightsError(f"{index} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false.")
-    return Contents(family, "folder", path, parts, checked_defaults(path, defaults), zero_negative=zeros, remarks=remarks)
+    defaults = checked_defaults(path, defaults)
+    return Contents(family, "folder", path, parts, defaults, zero_negative=zeros, remarks=remarks, notes=notes)
 
 
 def check_denoiser(part: Part, family: str) -> None:
@@ -317,7 +334,7 @@ def read_encoder(path: Path) -> tuple[str, Part]:
         part = {768: "clip_l", 1280: "clip_g"}.get(width, "clip_g" if projected else "clip_l")
     else:
         raise WeightsError(f"{path} is not a text encoder (CLIP-L, bigG or T5); its tensors: {some(list(entries))}.")
-    return part, Part(kind_of(part, "sd3"), path, entries, table(path, config, part))
+    return part, Part(kind_of(part, "sd3"), path, without_projection(part, entries), table(path, config, part))
 
 
 def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, list[Part]], dict[str, list[str]]]:

@@ -18,7 +18,7 @@ from weights.layouts import numbers
 
 HEAD_WIDTH = 64  # of SDXL, SD3, CLIP-L and bigG
 V1_HEADS = 8  # SD 1.5: at every level
-SCALING = {"sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609), "sd1": (0.18215, 0.0)}  # of the latents: factor, shift
+SCALING = {"sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609)}  # of the latents: factor, shift
 LAYERS = {"clip": {768: 12, 1280: 32}, "t5": {4096: 24}}  # of the official text encoders, by width
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -156,7 +156,7 @@ def at_least_one(count: int, what: str) -> int:
 
 
 def autoencoder(shapes: Shapes, family: str, given: Mapping = {}) -> AutoencoderConfig:
-    """Sizes of an autoencoder; the family ("sdxl", "sd3" or "sd1") tells scaling and shift."""
+    """Sizes of an autoencoder; the family ("sdxl" or "sd3") tells scaling and shift."""
     scaling, shift = SCALING[family]
     channels = size(shapes, "encoder.conv_in.weight", 0, 4)
     levels = at_least_one(numbers(shapes, r"encoder\.down\.(\d+)\."), "levels in the encoder")

@@ -1,8 +1,10 @@
 """Looks at a 128x128 picture and says which scene it shows; compares that with what a caption asked for.
 
-No network: pixels that are not the background's colour form connected regions, a region's colour is its middle's, its
-shape the one whose outline covers it best, its size the radius that its area implies.
+No network: pixels that are not the background's colour form connected regions, a region's colour is the one that its inside has,
+its shape the one whose outline covers it best, its size the radius that its area implies. Regions below 40 pixels do not count.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +15,15 @@ from weights.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Object, Scene
 PALETTE = torch.tensor([COLOURS[name] for name in COLOURS]) / 127.5 - 1  # [colours, 3]
 LEAST = 40  # pixels of a region that counts as an object
 OVERLAP = 0.75  # intersection over union from which on a region has a shape
+ONE_COLOUR = 0.8  # share of the inside from which on a region has a colour
 BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius between small and large
 QUESTIONS = ("background", "number", "colour", "shape", "size", "relation")
 
 
-def nearest_colour(values: Tensor) -> str:
-    """The name of the palette colour nearest to the median of values [N, 3]."""
-    median = values.median(dim=0).values
-    return list(COLOURS)[int((PALETTE - median).square().sum(dim=1).argmin())]
+def common_colour(values: Tensor) -> str:
+    """The name of the palette colour to which most of the values [N, 3] are nearest; "?" where those are not enough."""
+    votes = (values[:, None] - PALETTE).square().sum(dim=2).argmin(dim=1).bincount(minlength=len(PALETTE))
+    return list(COLOURS)[int(votes.argmax())] if votes.max() >= ONE_COLOUR * len(values) else "?"
 
 
 def regions(mask: Tensor) -> list[Tensor]:
@@ -45,7 +48,7 @@ AREAS = {shape: outline(shape, 0.5, 0.5, 0.25, 512).double().mean().item() / 0.2
 
 
 def describe_region(region: Tensor, image: Tensor) -> Object:
-    """One region of an image [3, H, W] in [-1, 1] as an object; its shape is "?" if no outline covers it well."""
+    """One region of an image [3, H, W] in [-1, 1] as an object; its shape is "?" if no outline covers it well, its colour if it has several."""
     side, area = image.shape[-1], region.double().mean().item()
     rows, columns = region.nonzero().double().add(0.5).div(side).mean(dim=0).tolist()
     best = (0.0, "?", (area / 3) ** 0.5)
@@ -56,14 +59,14 @@ def describe_region(region: Tensor, image: Tensor) -> Object:
         best = max(best, (overlap, shape, radius))
     overlap, shape, radius = best
     inner = F.max_pool2d((~region)[None, None].double(), 3, stride=1, padding=1)[0, 0] == 0  # without the soft edge
-    colour = nearest_colour(image[:, inner if inner.sum() >= 8 else region].T)
+    colour = common_colour(image[:, inner if inner.sum() >= 8 else region].T)
     return Object(colour, shape if overlap >= OVERLAP else "?", "small" if radius < BORDER else "large", columns, rows, radius)
 
 
 def look(image: Tensor) -> tuple[str, list[Object]]:
     """The background's colour and the objects of an image [3, H, W] in [-1, 1]."""
     frame = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1).T  # [4 side, 3]
-    background = nearest_colour(frame)
+    background = common_colour(frame)
     away = (image - frame.median(dim=0).values[:, None, None]).square().sum(dim=0).sqrt()
     return background, [describe_region(region, image) for region in regions(away > 0.35)]
 
@@ -77,12 +80,13 @@ def compare(scene: Scene, caption: str, image: Tensor) -> dict[str, bool | None]
     words = caption.split()
     asks_size = any(word in words for word in ("large", "big", "small", "little"))
     asks_relation = scene.relation is not None and " and " not in caption
+    asked = ["colour", "shape", *["size"] * asks_size, *["relation"] * asks_relation]
     verdict: dict[str, bool | None] = dict.fromkeys(QUESTIONS, False)
     verdict["background"] = background == scene.background
     verdict["number"] = len(seen) == len(scene.objects)
     if verdict["number"]:
         orders = [seen] if len(seen) == 1 else [seen, seen[::-1]]
-        verdict |= max((_attributes(scene, order) for order in orders), key=lambda right: (right["colour"], sum(right.values())))
+        verdict |= max((_attributes(scene, order) for order in orders), key=lambda right: (right["colour"], sum(right[what] for what in asked)))
     if not asks_size:
         verdict["size"] = None
     if not asks_relation:
@@ -104,10 +108,10 @@ def _attributes(scene: Scene, seen: list[Object]) -> dict[str, bool]:
 
 
 def shares(verdicts: list[dict[str, bool | None]]) -> dict[str, float]:
-    """Share right per question among the captions that ask it, and of pictures with everything right."""
+    """Share right per question among the captions that ask it (nan where none does), and of pictures with everything right."""
     table = {}
     for question in QUESTIONS:
         asked = [verdict[question] for verdict in verdicts if verdict[question] is not None]
-        table[question] = sum(asked) / max(1, len(asked))
+        table[question] = sum(asked) / len(asked) if asked else math.nan
     table["everything"] = sum(all(right is not False for right in verdict.values()) for verdict in verdicts) / len(verdicts)
     return table

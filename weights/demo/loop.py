@@ -1,22 +1,25 @@
 """The training loop that the autoencoders and the denoisers share: AdamW and Muon, EMA, a state on disk that a kill cannot hurt.
 
-All randomness of a step comes from a generator seeded with the step's number, so a resumed run sees the same batches.
+All randomness of a step comes from a generator seeded with the step's number, so a resumed run sees the same batches. A state tells
+its plan and what was there before it; another run's is refused.
 """
 
+import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from hybridiff.report import write_whole
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,20 @@ class Plan:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes beside the path and renames, so that the file is always either the old one or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-    temporary.chmod(0o644)
-    os.replace(temporary, path)
+    """The file is always either the old one or the new one, whole."""
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    write_whole(path, lambda temporary: temporary.write_bytes(save(on_cpu, metadata)))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def digest(*files: Path) -> str:
+    """Of the files' contents, 16 hexadecimal digits."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
 @cache
@@ -71,16 +77,12 @@ def bf16_pays(device: torch.device) -> bool:
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def half_precision(device: torch.device) -> AbstractContextManager:
-    """bf16 matrix products where they pay."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device))
-
-
 def record(path: Path) -> dict[str, object]:
-    """What the state file of a run tells: steps, minutes and the curve of its loss."""
+    """What the state file of a run tells: steps, minutes, how it was made (by the process that saved last) and the curve of its loss."""
     with safe_open(path, framework="pt") as file:
         told = file.metadata()
-    return {"steps": int(told["step"]), "minutes": round(float(told["seconds"]) / 60, 1), "loss": json.loads(told["curve"])}
+    made = json.loads(told["made with"])
+    return {"steps": int(told["step"]), "minutes": round(float(told["seconds"]) / 60, 1), **made, "loss": json.loads(told["curve"])}
 
 
 def hidden_matrix(name: str, weight: Tensor) -> bool:
@@ -89,10 +91,18 @@ def hidden_matrix(name: str, weight: Tensor) -> bool:
 
 
 class Run:
-    """A model in training: its weights, their moving average, the optimizer, the number of steps done."""
+    """A model in training: its weights, their moving average, the optimizer, the number of steps done.
 
-    def __init__(self, model: nn.Module, plan: Plan, state_file: Path):
+    `source`: the `digest` of the files that it begins with; `compiled`: whether the networks are, for the record alone. A state file of another
+    source, plan or model ends the program with a sentence.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, state_file: Path, source: str = "", compiled: bool = False):
         self.model, self.plan, self.state_file = model, plan, state_file
+        self.kind = {"source": source} | {name: value for name, value in asdict(plan).items() if name not in ("report_every", "save_seconds")}
+        self.device = next(model.parameters()).device
+        self.made_with = {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads(), "compiled": compiled}
+        self.made_with["bf16"] = bf16_pays(self.device)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.average = {name: weight.detach().clone() for name, weight in self.trained.items()}
         self.of_muon = {name for name, weight in self.trained.items() if plan.muon and hidden_matrix(name, weight)}
@@ -110,8 +120,20 @@ class Run:
         """The optimizer of a weight and the names of what it remembers of it."""
         return (self.optimizers[1], ("momentum_buffer",)) if name in self.of_muon else (self.optimizers[0], ("exp_avg", "exp_avg_sq"))
 
+    def half_precision(self) -> AbstractContextManager:
+        """bf16 matrix products where they pay; in a resumed run where they did at first."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.made_with["bf16"])
+
     def _load(self) -> None:
         tensors, metadata = read_safetensors(self.state_file)
+        there, asked = json.loads(metadata.get("kind", "{}")), self.kind
+        if differs := [name for name in asked if there.get(name) != asked[name]]:
+            told = ", ".join(f"{name} {there.get(name, 'unknown')} instead of {asked[name]}" for name in differs)
+            raise SystemExit(f"{self.state_file} is the state of another run ({told}): give another --out, or delete it.")
+        shapes = {name: weight.shape for name, weight in self.trained.items()}
+        if shapes != {name.removeprefix("model."): tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:
+            raise SystemExit(f"{self.state_file} is the state of another network: give another --out, or delete it.")
+        self.made_with["bf16"] = json.loads(metadata["made with"])["bf16"]
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
         self.loss, self.curve = float(metadata["loss"]), json.loads(metadata["curve"])
         with torch.no_grad():
@@ -120,7 +142,7 @@ class Run:
                 self.average[name].copy_(tensors[f"average.{name}"])
                 optimizer, keys = self._moments(name)
                 moments = {key: tensors[f"{key}.{name}"].to(weight.device) for key in keys}
-                optimizer.state[weight] = moments | {"step": torch.tensor(float(self.step))}  # which Muon does not ask for
+                optimizer.state[weight] = moments | {"step": torch.tensor(float(self.step), device=weight.device)}  # which Muon does not ask for
         print(f"resumed {self.state_file.name} at step {self.step}", flush=True)
 
     def save(self) -> None:
@@ -130,8 +152,8 @@ class Run:
             optimizer, keys = self._moments(name)
             tensors |= {f"model.{name}": weight.detach(), f"average.{name}": self.average[name],
                         **{f"{key}.{name}": optimizer.state[weight][key] for key in keys}}
-        numbers = {"step": self.step, "seconds": self.seconds, "loss": self.loss, "curve": self.curve}
-        write_safetensors(tensors, self.state_file, {key: str(value) for key, value in numbers.items()})
+        told = {"step": self.step, "seconds": self.seconds, "loss": self.loss, "curve": self.curve, "kind": self.kind, "made with": self.made_with}
+        write_safetensors(tensors, self.state_file, {key: json.dumps(value) for key, value in told.items()})
 
     def use_average(self) -> None:
         """Puts the moving average into the model (for sampling and export; not to be trained on)."""
@@ -141,7 +163,8 @@ class Run:
 
     def fit(self, loss_of: Callable[[torch.Generator, int], Tensor], show: Callable[[], None] | None = None,
             show_every: int = 500) -> None:
-        """Trains to the end of the plan; `loss_of(generator, step)` draws the batch, `show` runs on the average."""
+        """Trains to the end of the plan; `loss_of(generator, step)` draws the batch, `show` runs on the average. States are saved after a report, and
+        after `show`, so that a resumed run reports and shows what one without a kill does."""
         started, saved, reported = (time.monotonic(),) * 3
         losses: list[float] = []
         before = self.seconds
@@ -163,19 +186,21 @@ class Run:
             self.seconds = before + now - started
             if self.step % self.plan.report_every == 0 or done:
                 self.loss = torch.stack(losses).mean().item()
+                if not math.isfinite(self.loss):
+                    raise SystemExit(f"{self.state_file.stem}: the loss is {self.loss} at step {self.step}; the state before it is kept.")
                 self.curve.append([self.step, round(self.loss, 5)])
                 speed = len(losses) / (now - reported)
                 left = (self.plan.steps - self.step) / speed / 60
                 print(f"{self.state_file.stem} step {self.step}/{self.plan.steps} loss {self.loss:.5f} "
                       f"{speed:.2f} steps/s, {left:.0f} min left", flush=True)
-                losses, reported = [], now
-            if now - saved > self.plan.save_seconds or done:
-                self.save()
-                saved = now
-            if show and (self.step % show_every == 0 or done):
-                kept = {name: weight.detach().clone() for name, weight in self.trained.items()}
-                self.use_average()
-                show()
-                with torch.no_grad():
-                    for name, weight in self.trained.items():
-                        weight.copy_(kept[name])
+                if show and (self.step % show_every == 0 or done):
+                    kept = {name: weight.detach().clone() for name, weight in self.trained.items()}
+                    self.use_average()
+                    show()
+                    with torch.no_grad():
+                        for name, weight in self.trained.items():
+                            weight.copy_(kept[name])
+                if now - saved > self.plan.save_seconds or done:
+                    self.save()
+                    saved = now
+                losses, reported = [], time.monotonic()

@@ -17,8 +17,9 @@ from torch import LongTensor, Tensor, nn
 from models.clip import CLIPConfig, CLIPText
 from models.t5 import T5Config, T5Encoder
 from models.tokenizers import CLIPTokenizer, T5Tokenizer
-from weights.demo.loop import Plan, Run, half_precision
+from weights.demo.loop import Plan, Run, digest
 from weights.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, hint, sample
+from weights.demo.tokenizers import FILES
 
 LENGTH = 24  # positions of every text encoder
 CLIP_SIZES = {"positions": LENGTH, "width": 128, "layers": 4, "heads": 2, "mlp_width": 512}
@@ -143,14 +144,14 @@ def train_text_encoders(encoders: TextEncoders, folder: Path, out: Path, device:
     """Trains (or resumes, or just loads) the encoders in place and freezes them; `folder` holds the tokenizers."""
     torch.manual_seed(0)
     lesson = Lesson(encoders).to(device)
-    run = Run(lesson, PLAN, out / "text-encoders.safetensors")
+    run = Run(lesson, PLAN, out / "text-encoders.safetensors", digest(*(folder / name for name in FILES)), compiled)
     answer = torch.compile(lesson) if compiled else lesson
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
         numbers = torch.randint(2**31, (PLAN.batch,), generator=generator).tolist()
         right = torch.tensor([truth(sample("train", number)[0]) for number in numbers], device=device)
         ids = tokens([said("train", number) for number in numbers], folder).to(device)
-        with half_precision(device):
+        with run.half_precision():
             logits = answer(ids)
         return sum(F.cross_entropy(of_question.float(), right[:, number])
                    for of_source in logits for number, of_question in enumerate(of_source)) / len(logits) / len(ANSWERS)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from hybridiff.report import write_whole
 from weights.demo.scenes import sample
 
+FILES = ("vocab.json", "merges.txt", "spiece.model")
 WORDS = """
 about after again air all also always an and animal any are art as at back ball be bear beautiful bed between bird
 boat body book both bottom box bright brown by can car cat center chair child city clear close cloud cold color colour
@@ -77,9 +79,10 @@ def write_clip(lines: list[str], folder: Path) -> None:
     merges = byte_pair_merges(words, least=40)
     tokens = byte_symbols() + [symbol + "</w>" for symbol in byte_symbols()] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    vocabulary = json.dumps({token: index for index, token in enumerate(tokens)})
+    write_whole(folder / "vocab.json", lambda temporary: temporary.write_text(vocabulary))
     text = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)])
-    (folder / "merges.txt").write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / "merges.txt", lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def write_t5(lines: list[str], folder: Path) -> None:
@@ -95,7 +98,7 @@ def write_t5(lines: list[str], folder: Path) -> None:
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, shuffle_input_sentence=False, minloglevel=2,
         normalization_rule_name="nmt_nfkc_cf", required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,!?'-",
     )
-    (folder / "spiece.model").write_bytes(model.getvalue())
+    write_whole(folder / "spiece.model", lambda temporary: temporary.write_bytes(model.getvalue()))
 
 
 def t5_size(model_file: Path) -> int:

@@ -4,9 +4,9 @@
     python -m weights.demo.train --family sd3 --out DIR
 
 Everything on the way (states, latents, sample sheets) goes to DIR; run the same command again after a kill and it goes
-on from the last state. `--export` only writes the checkpoint from the state that there is. `--begin-with FILE` takes all
-but the last stage from a checkpoint. Beside the new checkpoint lies demo-FAMILY.training.json: steps, minutes and the loss
-of every stage.
+on from the last state. `--export` only writes the checkpoint from the last stage's state, finished or not. `--begin-with FILE` trains
+a checkpoint's denoiser on, in the last stage alone, with the checkpoint's text encoders and autoencoder. Beside the new checkpoint lies
+demo-FAMILY.training.json: steps, minutes, conditions and the loss of every stage.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hybridiff.report import write_whole
 from models.autoencoder import Autoencoder
 from weights.demo import tokenizers
 from weights.demo.checker import compare, shares
 from weights.demo.denoisers import FAMILIES, SD3Demo, SDXLDemo, cells
 from weights.demo.export import GUIDANCE, export
-from weights.demo.loop import Plan, Run, half_precision, record
+from weights.demo.loop import Plan, Run, digest, record
 from weights.demo.scenes import sample
 from weights.demo.text_encoders import TextEncoders, said, tokens, train_text_encoders
 from weights.demo.train_vae import latent_cache, save_sheet, train_autoencoder
@@ -51,7 +52,7 @@ def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: 
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
         chosen = torch.randint(len(latents), (run.plan.batch,), generator=generator)
-        with half_precision(device):
+        with run.half_precision():
             return model.loss(predict, latents[chosen].float().to(device), ids[chosen].to(device),
                               scenes[chosen].to(device), covered[chosen].to(device) / 4, empty, generator)
 
@@ -67,7 +68,7 @@ def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: 
 
 
 def begun(family: str, encoders: TextEncoders, given: Checkpoint) -> nn.Module:
-    """The family's model with the denoiser of a checkpoint, ready for the last stage."""
+    """The family's model with the denoiser of a checkpoint, ready for the last stage. RuntimeError where it is not a demo's."""
     denoiser = given.load("denoiser", torch.float32)
     coarse = family == "sd3" and denoiser.config.patch == 2
     model = SD3Demo(encoders, denoiser.config.patch) if family == "sd3" else SDXLDemo(encoders)
@@ -82,57 +83,66 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for states, latents and sample sheets")
     parser.add_argument("--weights", type=Path, default=HERE, help="folder for the checkpoint and tokenizer files")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads on the CPU")
     parser.add_argument("--vae-steps", type=int, help="instead of the planned number")
-    parser.add_argument("--steps", type=int, help="instead of the planned number, for the denoiser")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks: 1.5x on a CPU with a C++ compiler")
-    parser.add_argument("--begin-with", type=Path, metavar="FILE", help="a checkpoint of the family, of which only the last stage is trained on")
+    parser.add_argument("--steps", type=int, help="instead of the planned number, for every stage of the denoiser")
+    parser.add_argument("--compile", action="store_true", help="torch.compile text encoders and denoiser: 1.5x with demo-sd3 on a CPU with a C++ compiler")
+    parser.add_argument("--begin-with", type=Path, metavar="FILE", help="a demo checkpoint whose denoiser is trained on, by the last stage alone")
     parser.add_argument("--export", action="store_true", help="write the checkpoint from the last state and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device, out = torch.device(options.device), options.out
+    device, out, plans = torch.device(options.device), options.out, PLANS[options.family]
+    plans = {"denoiser": plans["denoiser"]} if options.begin_with else plans
+    before = [] if options.begin_with else [out / "text-encoders.safetensors", out / f"{options.family}-vae.safetensors"]
+    states = before + [out / f"{options.family}-{name}.safetensors" for name in plans]
+    if options.export and (missing := [state for state in states if not state.exists()]):
+        parser.error(f"--export: there is no {missing[0]} yet; train first.")
+    if any(plan.muon for plan in plans.values()) and not hasattr(torch.optim, "Muon"):
+        parser.error(f"--family {options.family} is trained with torch.optim.Muon, which torch {torch.__version__} has not: take 2.9 or newer.")
     out.mkdir(parents=True, exist_ok=True)
-    if not all((options.weights / name).exists() for name in ("vocab.json", "merges.txt", "spiece.model")):
+    if not all((options.weights / name).exists() for name in tokenizers.FILES):
         tokenizers.write_all(options.weights)
 
     torch.manual_seed(1)
     vocabulary = len(json.loads((options.weights / "vocab.json").read_text()))
     encoders = TextEncoders(vocabulary, tokenizers.t5_size(options.weights / "spiece.model"))
-    plans, stages = PLANS[options.family], []
     if options.begin_with:
         try:
             given = open_checkpoint(str(options.begin_with))
+            if given.family != options.family:
+                parser.error(f"--begin-with {options.begin_with} is of family {given.family}: give one of family {options.family}.")
+            for name in {"clip_l", "clip_g", "t5"} & {*given.parts}:
+                setattr(encoders, name, given.load(name, torch.float32, device))
+            encoders.requires_grad_(False)
+            autoencoder = given.load("vae", torch.float32, device)
         except WeightsError as problem:
-            parser.error(str(problem))
-        if given.family != options.family:
-            parser.error(f"--begin-with {options.begin_with} is of family {given.family}: give one of family {options.family}.")
-        for name in {"clip_l", "clip_g", "t5"} & {*given.parts}:
-            setattr(encoders, name, given.load(name, torch.float32, device))
-        encoders.requires_grad_(False)
-        autoencoder = given.load("vae", torch.float32, device)
-        psnr, plans = autoencoder_psnr(autoencoder), dict([list(plans.items())[-1]])
+            parser.error(f"--begin-with: {problem}")
+        psnr, source = autoencoder_psnr(autoencoder), given.digest()[:16]
     else:
-        stages += ["text-encoders", f"{options.family}-vae"]
         train_text_encoders(encoders, options.weights, out, device, options.compile)
         autoencoder, psnr = train_autoencoder(options.family, out, device, options.vae_steps)
-    cached, scaling, shift = latent_cache(options.family, autoencoder, out)
+        source = digest(*before)
+    cached, scaling, shift = latent_cache(options.family, autoencoder, out, source)
     print(f"autoencoder PSNR {psnr:.2f} dB, scaling {scaling}, shift {shift}, latents {tuple(cached['latents'].shape)}", flush=True)
 
     torch.manual_seed(2)
-    model = begun(options.family, encoders, given) if options.begin_with else FAMILIES[options.family](encoders)
+    try:
+        model = begun(options.family, encoders, given) if options.begin_with else FAMILIES[options.family](encoders)
+    except RuntimeError:
+        parser.error(f"--begin-with {options.begin_with} has another denoiser than demo-{options.family}: give a checkpoint that this command made.")
     for number, (name, plan) in enumerate(plans.items()):
         model = (model.refined() if number else model).to(device)
         plan = replace(plan, steps=options.steps or plan.steps)
-        run = Run(model.reading, plan, out / f"{options.family}-{name}.safetensors")
+        run = Run(model.reading, plan, out / f"{options.family}-{name}.safetensors", source, options.compile)
         print(f"{name}: {sum(weight.numel() for weight in model.denoiser.parameters()) / 1e6:.1f} M parameters", flush=True)
-        if not options.export:
+        if not options.export and run.step < plan.steps:
             train_denoiser(model, run, autoencoder, (cached, scaling, shift), options)
         run.use_average()
+        source = digest(run.state_file)
+    told = {"begun with": options.begin_with and options.begin_with.name, "autoencoder PSNR": round(psnr, 2)}
+    told["stages"] = {state.stem: record(state) for state in states}
     path = export(options.family, model, autoencoder, scaling, shift, options.weights)
-    stages += [f"{options.family}-{name}" for name in plans]
-    told = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": options.device, "compiled": options.compile,
-            "autoencoder PSNR": round(psnr, 2), "stages": {stage: record(out / f"{stage}.safetensors") for stage in stages}}  # fmt: skip
-    path.with_suffix(".training.json").write_text(json.dumps(told) + "\n")
+    write_whole(path.with_suffix(".training.json"), lambda temporary: temporary.write_text(json.dumps(told) + "\n"))
     print(f"wrote {path.name}: {name} after {run.step} steps, {run.seconds / 60:.0f} min, loss {run.loss:.5f}", flush=True)
 
 

@@ -1,6 +1,7 @@
 """Stage two of the demo training: an 8x autoencoder for the scenes, the latents that the denoiser learns from, and what is covered in them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
-from weights.demo.loop import Plan, Run, half_precision, read_safetensors, write_safetensors
+from weights.demo.loop import Plan, Run, read_safetensors, write_safetensors
 from weights.demo.scenes import render, sample
 
 SIDE = 128
@@ -100,7 +101,7 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
     model = Autoencoder(CONFIGS[family])
     initialise(model)
     model.to(device)
-    plan = Plan(**{**PLAN.__dict__, "steps": steps or PLAN.steps})
+    plan = replace(PLAN, steps=steps or PLAN.steps)
     run = Run(model, plan, out / f"{family}-vae.safetensors")
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
@@ -108,7 +109,7 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
         images = picture_batch(generator, plan.batch // 2 if whole else plan.batch, SIDE if whole else CROP)
         latent_side = images.shape[-1] // 8
         noise = torch.randn(len(images), model.config.latent_channels, latent_side, latent_side, generator=generator)
-        with half_precision(device):
+        with run.half_precision():
             return autoencoder_loss(model, images.to(device), noise.to(device), WEIGHTS[family], WEIGHTS[family].halved and step % 2 == 1)
 
     def show() -> None:
@@ -130,10 +131,14 @@ def covered(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_cache(family: str, model: Autoencoder, out: Path) -> tuple[dict[str, Tensor], float, float]:
-    """Of the first training scenes "latents", fp16 [N, C, 16, 16], normalised, and "covered", uint8 [N, 64, 64]; the scaling and the shift."""
+def latent_cache(family: str, model: Autoencoder, out: Path, source: str) -> tuple[dict[str, Tensor], float, float]:
+    """Of the first training scenes "latents", fp16 [N, C, 16, 16], normalised, and "covered", uint8 [N, 64, 64]; the scaling and the shift.
+
+    `source`: what the autoencoder comes from; a file of another one is made anew.
+    """
     path = out / f"{family}-scenes.safetensors"
-    if not path.exists():
+    tensors, metadata = read_safetensors(path) if path.exists() else ({}, {})
+    if metadata.get("source") != source:
         device = next(model.parameters()).device
         encoded, counts = [], []
         for start in range(0, LATENTS, 32):
@@ -146,6 +151,6 @@ def latent_cache(family: str, model: Autoencoder, out: Path) -> tuple[dict[str, 
         shift = 0.0 if family == "sdxl" else round(raw.mean().item(), 4)  # SDXL's rule has no shift
         scaling = round(1 / (raw - shift).square().mean().sqrt().item(), 5)
         tensors = {"latents": ((raw - shift) * scaling).half(), "covered": torch.cat(counts)}
-        write_safetensors(tensors, path, {"scaling": str(scaling), "shift": str(shift)})
-    tensors, metadata = read_safetensors(path)
+        metadata = {"scaling": str(scaling), "shift": str(shift), "source": source}
+        write_safetensors(tensors, path, metadata)
     return tensors, float(metadata["scaling"]), float(metadata["shift"])
