@@ -20,7 +20,7 @@ from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.unet import UNet, UNetConditioning, UNetConfig
 
 FAMILIES = ("sdxl", "sd3")
-INTERVALS = (5, 10, 20, 30)  # k, as in the paper's Table 4
+INTERVALS = (5, 10, 20, 30)  # k with 50 steps, as in the paper's Table 4
 SHARES = {  # of the steps that may be saved, see presets.usual_reuse
     "step-extrapolation": (1 / 6, PRESETS["balanced"].share, PRESETS["fast"].share, 0.8),
     "inner-reuse": (1 / 3, 2 / 3),

@@ -41,7 +41,7 @@ LINKS = {  # bytes a second in one direction, seconds a message; assumed, the ba
 
 def rows_of(steps: int) -> tuple[str, ...]:
     """The rows that there are at a number of steps."""
-    paced = [f"{kind}-{k}" for kind in ("paper", "fewer") for k in INTERVALS]
+    paced = [f"{kind}-{round(k * steps / 50)}" for kind in ("paper", "fewer") for k in INTERVALS]
     presets = {f"{PRESETS[name].strategy}-{usual_reuse(steps, PRESETS[name].share).count}" for name in ("balanced", "fast")}
     saved = {f"{name}-{usual_reuse(steps, share).count}": None for name, shares in SHARES.items() for share in shares}
     return ("serial", "batched", "diffusers", "condition", "balanced", "fast", *paced, *(name for name in saved if name not in presets))
