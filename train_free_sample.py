@@ -165,6 +165,8 @@ def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, 
 
         def on_step(record: StepRecord) -> None:
             transport.gather("serial")
+            if transport.teams > 1:
+                transport.add("steps")
             bar.update()
 
         return generate(checkpoint, replace(request, strategy="serial", balance=False), Mailbox(), device, on_step)

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import FAMILIES, INTERVALS, TOKENS, in_words, make_task, row_plan, table  # noqa: E402
+from benchmarks.full_size import FAMILIES, TOKENS, in_words, intervals, make_task, row_plan, table  # noqa: E402
 from hybridiff.timeline import length, part_costs, plan_all, timeline, total_bytes  # noqa: E402
 
 # Jung et al., arXiv 2602.21760, Table 1: "comm. (GB)" of a picture at 1024 x 1024, two GPUs, T = 50. They are GiB and count
@@ -27,7 +27,7 @@ ALSO_PUBLISHED = {  # of the same table, for scale
     "sd3": {"AsyncDiff, stride 1": 1.290 * GIB, "xDiT ring": 121.646 * GIB, "ParaStep": 0.032 * GIB},
 }
 TARGETS = {("sdxl", "paper-5"): 0.04e9, ("sd3", "paper-5"): 0.12e9}  # at most, bytes, under the default conditions
-ROWS = ("condition", "balanced", *(f"paper-{k}" for k in INTERVALS))
+ROWS = ("condition", "balanced", *(f"paper-{k}" for k in intervals(50)))
 KINDS = ("prediction", "keys", "entry", "inner", "discrepancy")
 
 

@@ -1,6 +1,6 @@
 """What each strategy costs in fidelity, on the demo checkpoints: `python benchmarks/fidelity.py --prompts 32 --json FILE`.
 
-Makes a picture of every unseen prompt with every row's settings, compares it with the picture by `serial` (PSNR and SSIM of the
+Makes a picture of every prompt with every row's settings, compares it with the picture by `serial` (PSNR and SSIM of the
 8-bit images) and lets `weights/demo/checker.py` look whether it shows what was asked for, in everything and attribute by attribute. One process plays both ranks, which
 gives the ranks' pictures bit for bit. Rows: one device, the paper's strategy with k = 5, 10, 20, 30, condition partitioning, and condition
 partitioning with so many steps fewer that it is ideally as fast. With --json each row is written when it is there, and the command goes on from it.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.full_size import INTERVALS, in_words, machine, table, with_interval  # noqa: E402
+from benchmarks.full_size import in_words, intervals, machine, table, with_interval  # noqa: E402
 from hybridiff.denoise import Task, denoise  # noqa: E402
 from hybridiff.page import psnr  # noqa: E402
 from hybridiff.pipeline import GUIDANCE, decode, draw_noise  # noqa: E402
@@ -32,7 +32,7 @@ from hybridiff.switching import SwitchRule  # noqa: E402
 from hybridiff.text import encode  # noqa: E402
 from hybridiff.timeline import length, part_costs, timeline  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
-from weights.demo.checker import QUESTIONS, compare, shares  # noqa: E402
+from weights.demo.checker import QUESTIONS, compare, percent, shares  # noqa: E402
 from weights.demo.scenes import sample  # noqa: E402
 from weights.load import Checkpoint, open_checkpoint  # noqa: E402
 
@@ -212,12 +212,12 @@ def main() -> None:
     for family, checkpoint in checkpoints.items():
         studio = Studio(checkpoint, args.prompts, [args.seed])
         rows = [Row(name, name, args.steps, args.steps) for name in ("serial", "batched", "condition")]
-        for k in INTERVALS:
+        for k in intervals(args.steps):
             rows.append(paper_row(family, args.steps, k))
             steps = fewer(results.get(studio, rows[-1])["speed-up"], args.steps)
             rows.append(Row(f"condition, {steps} steps", "condition", steps, args.steps))
         found = [results.get(studio, row) for row in rows]
-        lines = [[*line(row, got), *(f"{got['attributes'][name]:.0%}" for name in QUESTIONS)] for row, got in zip(rows, found)]
+        lines = [[*line(row, got), *(percent(got["attributes"][name]) for name in QUESTIONS)] for row, got in zip(rows, found)]
         print(f"\n## {family}, guidance {studio.guidance:g}\n\n{table([*HEAD, *QUESTIONS], lines)}", flush=True)
 
 

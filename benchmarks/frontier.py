@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fidelity import HEAD, Results, Row, Studio, checkpoints_of, conditions_of, fewer, line, paper_row, parser_of  # noqa: E402
-from benchmarks.full_size import INTERVALS, SHARES, in_words, table  # noqa: E402
+from benchmarks.full_size import SHARES, in_words, intervals, table  # noqa: E402
 from benchmarks.speed import SIZES  # noqa: E402
 from hybridiff.charts import tag  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
@@ -28,7 +28,7 @@ STEPS = (50, 28)
 
 def rows_of(family: str, steps: int) -> list[Row]:
     """All rows at a number of steps; fewer steps: as fast as the paper's 2.31, and as each `step-extrapolation`."""
-    rows = [Row("condition", "condition", steps, steps), *(paper_row(family, steps, round(k * steps / 50)) for k in INTERVALS)]
+    rows = [Row("condition", "condition", steps, steps), *(paper_row(family, steps, k) for k in intervals(steps))]
     presets = [usual_reuse(steps, PRESETS[name].share) for name in ("balanced", "fast")]
     in_both_orders = {fewer(2.31, steps), *(steps - reuse.count for reuse in presets)}
     for count in sorted(in_both_orders | {steps - usual_reuse(steps, share).count for share in SHARES["step-extrapolation"]}, reverse=True):

@@ -20,7 +20,6 @@ from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.unet import UNet, UNetConditioning, UNetConfig
 
 FAMILIES = ("sdxl", "sd3")
-INTERVALS = (5, 10, 20, 30)  # k with 50 steps, as in the paper's Table 4
 SHARES = {  # of the steps that may be saved, see presets.usual_reuse
     "step-extrapolation": (1 / 6, PRESETS["balanced"].share, PRESETS["fast"].share, 0.8),
     "inner-reuse": (1 / 3, 2 / 3),
@@ -107,6 +106,11 @@ def make_task(
     channels = config.in_channels if family == "sdxl" else config.latent_channels
     noise = draw_noise(channels, size // FACTOR, size // FACTOR, SEED).to(device)
     return Task(net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
+
+
+def intervals(steps: int) -> list[int]:
+    """k of the rows of the paper's strategy: 5, 10, 20, 30 of 50 steps (its Table 4), of others the same shares."""
+    return list(dict.fromkeys(max(1, round(k * steps / 50)) for k in (5, 10, 20, 30)))
 
 
 def with_interval(rule: SwitchRule, steps: int, k: int) -> SwitchRule:

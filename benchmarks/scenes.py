@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hybridiff.pipeline import GUIDANCE, Request, generate  # noqa: E402
 from hybridiff.presets import PAPER_RULES  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
-from weights.demo.checker import compare, shares  # noqa: E402
+from weights.demo.checker import compare, percent, shares  # noqa: E402
 from weights.demo.scenes import render, sample  # noqa: E402
 from weights.demo.text_encoders import said  # noqa: E402
 from weights.demo.train_vae import LATENTS, save_sheet  # noqa: E402
@@ -72,7 +72,7 @@ def main() -> None:
           f"{args.steps} steps, guidance {guidance}, fp32\n")
     print("| right | pictures | of new captions | checker on rendered scenes | on shuffled captions |\n| --- | --- | --- | --- | --- |")
     for question in found:
-        print(f"| {question} | {found[question]:.1%} | {found_new[question]:.1%} | {true[question]:.1%} | {shuffled[question]:.1%} |")
+        print(f"| {question} | {' | '.join(percent(shares[question]) for shares in (found, found_new, true, shuffled))} |")
     if args.json:
         conditions = {key: value for key, value in vars(args).items() if key not in ("json", "sheet")}
         each = [{"caption": caption, "new": is_new, **verdict} for (_, caption), is_new, verdict in zip(drawn, new, verdicts)]

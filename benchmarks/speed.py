@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import FAMILIES, INTERVALS, SHARES, TOKENS, in_words, machine, make_task, row_plan, table  # noqa: E402
+from benchmarks.full_size import FAMILIES, SHARES, TOKENS, in_words, intervals, machine, make_task, row_plan, table  # noqa: E402
 from benchmarks.timed import PARTS, on_ranks_with_task, parts_on_cuda, time_diffusers, time_run, warm_parts  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
@@ -41,7 +41,7 @@ LINKS = {  # bytes a second in one direction, seconds a message; assumed, the ba
 
 def rows_of(steps: int) -> tuple[str, ...]:
     """The rows that there are at a number of steps."""
-    paced = [f"{kind}-{round(k * steps / 50)}" for kind in ("paper", "fewer") for k in INTERVALS]
+    paced = [f"{kind}-{k}" for kind in ("paper", "fewer") for k in intervals(steps)]
     presets = {f"{PRESETS[name].strategy}-{usual_reuse(steps, PRESETS[name].share).count}" for name in ("balanced", "fast")}
     saved = {f"{name}-{usual_reuse(steps, share).count}": None for name, shares in SHARES.items() for share in shares}
     return ("serial", "batched", "diffusers", "condition", "balanced", "fast", *paced, *(name for name in saved if name not in presets))
@@ -202,7 +202,7 @@ def predict(family: str, size: int, steps: int, parts: dict[str, float], tiny: b
     """Row -> link -> predicted seconds on two devices with these part times, each fp16 message over its link in turn."""
     sizes = message_bytes(make_task(family, size, steps, torch.float16, tiny))
     predicted = {}
-    for row in ("serial", "batched", "condition", "balanced", "fast", *(f"paper-{k}" for k in INTERVALS)):
+    for row in ("serial", "batched", "condition", "balanced", "fast", *(f"paper-{k}" for k in intervals(steps))):
         predicted[row] = {}
         for link, (bandwidth, latency) in LINKS.items():
             delays = {kind: latency + count / bandwidth for kind, count in sizes.items()}

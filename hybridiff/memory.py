@@ -128,21 +128,22 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
     """What each phase needs at least, in words, and its bytes of host memory and of GPU memory."""
     cuda, held = where.cuda, (0, 0)
 
-    def needed(weights: int, more: int = 0, on_gpu: bool = cuda, ranks: int = where.ranks, sharing: int = where.sharing) -> tuple[int, int]:
-        """Bytes on (host, GPU) with what is held from the phases before; where networks are kept, these weights are from now on."""
+    def needed(weights: int, more: int = 0, on_gpu: bool = cuda, ranks: int = where.ranks, sharing: int = where.sharing, of: int = 1) -> tuple[int, int]:
+        """Bytes on (host, GPU) with what is held from the phases before; where networks are kept, these weights are from now on, by one rank `of` so many."""
         nonlocal held
         host, gpu = held
         if where.kept:
-            held = (host, gpu + weights * sharing) if on_gpu else (host + weights * ranks, gpu)
+            held = (host, gpu + weights * (sharing // of)) if on_gpu else (host + weights * (ranks // of), gpu)
         return (host, gpu + (weights + more) * sharing) if on_gpu else (host + (weights + more) * ranks, gpu)
 
     precision = str(request.dtype).removeprefix("torch.")
+    no_text = checkpoint.family == "sdxl" and checkpoint.zero_negative and request.negative_prompt is None  # for ranks without the prompt
     for part in ENCODERS:
         if part in checkpoint.parts:
             dtype, on_gpu = request.dtype, cuda
             if part == "t5" and (request.t5 != "device" or not cuda):  # it stays as it is stored
                 on_gpu, dtype = cuda and request.t5 == "fp8", checkpoint.dtype("t5")
-            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *needed(weight_bytes(checkpoint, part, dtype, not on_gpu), on_gpu=on_gpu)
+            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *needed(weight_bytes(checkpoint, part, dtype, not on_gpu), on_gpu=on_gpu, of=2 if no_text and where.ranks > 1 else 1)
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
     height, width = request.height // vae.factor, request.width // vae.factor
     if isinstance(config, UNetConfig):

@@ -234,7 +234,8 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     for name in ("report", "save_latents", "compare_serial"):
         if args.decode and getattr(args, name):
             raise UsageError(f"--{name.replace('_', '-')} is for a picture that is sampled, and --decode only decodes one: leave one of them out.")
-    if args.transport == "nccl" and (problem := "there is one process, which sends nothing" if transport.world == 1 else nccl_problem(device)):
+    sends = not args.explain and not args.decode
+    if sends and args.transport == "nccl" and (problem := "there is one process, which sends nothing" if transport.world == 1 else nccl_problem(device)):
         raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
     if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
         checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')})."]

@@ -160,7 +160,15 @@ def decode(
 
     With `tiles`, large pictures go through the decoder in pieces. With a `transport`, every rank of the team decodes some rows.
     """
-    vae = checkpoint.load("vae", torch.float32, device, decoder_only=True)
+    problem = None
+    try:
+        vae = checkpoint.load("vae", torch.float32, device, decoder_only=True)
+    except WeightsError as error:
+        if transport is None:
+            raise
+        problem = str(error)
+    if transport:
+        agree(transport, problem)
     raw = vae.unscale(latents.float())
     height, width = raw.shape[2:]
     tile = (96, 96) if tiles and height * width * vae.config.factor**2 > LARGE else (height, width)

@@ -156,15 +156,15 @@ class Extrapolate:
     """Continue a value along the line through its last two results to this step; leaves ahead(value).
 
     `made` says which steps' latents the results belong to, the oldest first: with results v1, v2 of steps a, b and this step i,
-    v2 + (i - b) / (b - a) * (v2 - v1). With a third in front the line is tried
-    first: where the one through v0 and v1 would have missed v2 by more than |v2 - v1| (Euclidean norms), the last result is taken as it is.
+    v2 + (i - b) / (b - a) * (v2 - v1). With a third in front the line is tried first: where the one through v0 and v1 would have missed v2 by
+    more than |v2 - v1| (Euclidean norms), the last result is taken as it is.
     """
 
     value: Value
     made: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"extrapolate {self.value} from step{'s' * (len(self.made) > 1)} {', '.join(map(str, self.made))}"
+        return f"extrapolate {self.value} from steps {', '.join(map(str, self.made))}"
 
 
 @dataclass(frozen=True)

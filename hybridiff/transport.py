@@ -136,7 +136,7 @@ class Ranks(Transport):
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
-        self.watches = False  # see `watch_peers`
+        self.watches: list[threading.Thread] = []  # see `watch_peers`
         self.under_way: deque[tuple[int, dist.Work, Tensor]] = deque()  # sends, with their step, keep their tensors alive until they are done
 
     @contextmanager
@@ -213,8 +213,9 @@ class Ranks(Transport):
                     dist.send(word, self.members[receiver], group=self.lanes[sender, receiver])
                 elif self.rank == receiver:
                     dist.recv(word, self.members[sender], group=self.lanes[sender, receiver])
-        if self.wire.type == "cuda":
-            torch.cuda.synchronize(self.wire)
+        with self.waiting("the other ranks to connect"):
+            if self.wire.type == "cuda":
+                torch.cuda.synchronize(self.wire)  # NCCL's messages are only queued until now
 
     def watch_peers(self) -> None:
         """End this process when a rank of its team ends early: NCCL would wait for it until the timeout.
@@ -231,8 +232,8 @@ class Ranks(Transport):
 
         for rank in self.members:
             if rank != self.members[self.rank]:
-                threading.Thread(target=watch, args=(rank,), daemon=True).start()
-        self.watches = True
+                self.watches.append(threading.Thread(target=watch, args=(rank,), daemon=True))
+                self.watches[-1].start()
 
     def leave(self) -> None:
         """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all."""
@@ -245,6 +246,8 @@ class Ranks(Transport):
             with self.waiting("the other ranks to leave"):
                 for word in words:
                     word.wait()
+                for watch in self.watches:  # they end with the others' words
+                    watch.join(self.timeout.total_seconds())
         disconnect()
 
     def arrived(self, sender: int, to: int) -> bool:
@@ -272,7 +275,7 @@ class Ranks(Transport):
                 dist.recv(told, self.members[sender], group=self.lanes[sender, to])
             if not torch.equal(told.cpu(), expected):
                 said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
-                raise PeerLost(f"rank {to} expected '{meant}' from rank {sender}, which sent '{said}'.")
+                raise PeerLost(f"rank {self.members[to]} expected '{meant}' from rank {self.members[sender]}, which sent '{said}'.")
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
             with self.waiting(f"{value} from rank {self.members[sender]}"):

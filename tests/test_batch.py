@@ -121,6 +121,13 @@ def test_pictures_of_no_batch_stay(tmp_path, monkeypatch, capsys):
     assert "another picture than this run would make" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["0002.png"]
 
 
+def test_a_team_without_a_picture_waits_for_the_others(tmp_path):
+    """One picture, two teams: the idle one hears of every step, in the serial picture for comparison too, and does not give up after --timeout."""
+    options = ("--layout", "pairs", "--steps", "60", "--timeout", "6", "--report", str(tmp_path), "--compare-serial", "--out", str(tmp_path / "p.png"))
+    ran = torchrun(*options, ranks=4)
+    assert ran.returncode == 0 and (tmp_path / "p.png").exists(), ran.stderr
+
+
 def test_a_decoder_that_fails_on_one_rank(tmp_path):
     """Rank 0 decodes alone; the other hears of it, and the batch goes on."""
     states = random_states("sdxl", torch.float32)

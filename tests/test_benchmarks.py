@@ -43,7 +43,7 @@ def test_bytes_are_those_the_transport_counts(tmp_path):
             assert results[family][row]["by kind"] == dict(counted) and results[family][row]["bytes"] == counted.total()
 
 
-@pytest.mark.parametrize("family, rows", [("sdxl", ["condition", "guided-pipeline-4", "fewer-5"]), ("sd3", ["batched", "diffusers", "inner-reuse-2", "paper-5"])])
+@pytest.mark.parametrize("family, rows", [("sdxl", ["condition", "guided-pipeline-4", "fewer-6"]), ("sd3", ["batched", "diffusers", "inner-reuse-2", "paper-6"])])
 def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
     """Bytes `equal` by kind to the schedule's; a second run measures nothing; diffusers' network `close` to ours in bf16."""
     options = "speed.py", "--tiny", "--family", family, "--size", 64, "--steps", 16, "--part-sizes", "--repeats", 1

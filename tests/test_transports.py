@@ -171,7 +171,7 @@ def on_gpu(rank: int, port: int, folder: str) -> None:
     task = replace(task, denoiser=task.denoiser.to(device), conditioning=told, noise=task.noise.to(device))
     records = list(denoise(task, strategies("sdxl")["paper"], Settings(8, RULE), transport))
     torch.save([transport.backend, records[-1].latents.cpu()], Path(folder) / str(rank))
-    disconnect()
+    transport.leave()
 
 
 def test_two_ranks_on_gpus(tmp_path: Path):

@@ -4,8 +4,6 @@ No network: pixels that are not the background's colour form connected regions, 
 its shape the one whose outline covers it best, its size the radius that its area implies. Regions below 40 pixels do not count.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,11 +105,17 @@ def _attributes(scene: Scene, seen: list[Object]) -> dict[str, bool]:
     return right
 
 
-def shares(verdicts: list[dict[str, bool | None]]) -> dict[str, float]:
-    """Share right per question among the captions that ask it (nan where none does), and of pictures with everything right."""
+def shares(verdicts: list[dict[str, bool | None]]) -> dict[str, float | None]:
+    """Share right per question among the captions that ask it, and of pictures with everything right; None where there is none."""
     table = {}
     for question in QUESTIONS:
         asked = [verdict[question] for verdict in verdicts if verdict[question] is not None]
-        table[question] = sum(asked) / len(asked) if asked else math.nan
-    table["everything"] = sum(all(right is not False for right in verdict.values()) for verdict in verdicts) / len(verdicts)
+        table[question] = sum(asked) / len(asked) if asked else None
+    all_right = [all(right is not False for right in verdict.values()) for verdict in verdicts]
+    table["everything"] = sum(all_right) / len(all_right) if all_right else None
     return table
+
+
+def percent(share: float | None) -> str:
+    """A share in words."""
+    return "" if share is None else f"{share:.1%}"

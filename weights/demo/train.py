@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hybridiff.report import write_whole
 from models.autoencoder import Autoencoder
 from weights.demo import tokenizers
-from weights.demo.checker import compare, shares
+from weights.demo.checker import compare, percent, shares
 from weights.demo.denoisers import FAMILIES, SD3Demo, SDXLDemo, cells
 from weights.demo.export import GUIDANCE, export
 from weights.demo.loop import Plan, Run, digest, record
@@ -62,7 +62,7 @@ def train_denoiser(model: nn.Module, run: Run, autoencoder: Autoencoder, cache: 
             pictures = autoencoder.decode(model.sample(told, empty, noise, steps=25, guidance=GUIDANCE[options.family]) / scaling + shift)
         save_sheet(pictures, run.state_file.with_name(f"{run.state_file.stem}-{run.step:06d}.png"))
         right = shares([compare(*pair, picture) for pair, picture in zip(unseen, pictures.float().cpu())])
-        print("right: " + ", ".join(f"{name} {share:.0%}" for name, share in right.items()), flush=True)
+        print("right: " + ", ".join(f"{name} {percent(share)}" for name, share in right.items()), flush=True)
 
     run.fit(loss_of, show, show_every=1000)
 
@@ -122,14 +122,18 @@ def main() -> None:
         train_text_encoders(encoders, options.weights, out, device, options.compile)
         autoencoder, psnr = train_autoencoder(options.family, out, device, options.vae_steps)
         source = digest(*before)
+    torch.manual_seed(2)
+    model = FAMILIES[options.family](encoders)
+    if options.begin_with:
+        try:
+            model = begun(options.family, encoders, given)
+        except WeightsError as problem:
+            parser.error(f"--begin-with: {problem}")
+        except RuntimeError:
+            parser.error(f"--begin-with {options.begin_with} has another denoiser than demo-{options.family}: give a checkpoint that this command made.")
     cached, scaling, shift = latent_cache(options.family, autoencoder, out, source)
     print(f"autoencoder PSNR {psnr:.2f} dB, scaling {scaling}, shift {shift}, latents {tuple(cached['latents'].shape)}", flush=True)
 
-    torch.manual_seed(2)
-    try:
-        model = begun(options.family, encoders, given) if options.begin_with else FAMILIES[options.family](encoders)
-    except RuntimeError:
-        parser.error(f"--begin-with {options.begin_with} has another denoiser than demo-{options.family}: give a checkpoint that this command made.")
     for number, (name, plan) in enumerate(plans.items()):
         model = (model.refined() if number else model).to(device)
         plan = replace(plan, steps=options.steps or plan.steps)
