@@ -76,8 +76,7 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
     progress = Progress(len(left), transport)
 
     def on_step(record: StepRecord) -> None:
-        if transport.rank == 0:
-            transport.add("steps")  # teams that have nothing left to do see that this one lives
+        transport.step_done()
 
     for job in take_turns(left, transport):
         start, problem = time.monotonic(), None
@@ -124,8 +123,7 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
                 why = f" (tau1 = {switch.tau1} by {switch.reason}, tau2 = {switch.tau2})"
             say(f"step {record.step}: {seen[-1].stage} -> {record.stage}{why}")
         seen.append(record)
-        if speaks and transport.teams > 1:
-            transport.add("steps")  # the teams that have no picture to make see that this one lives
+        transport.step_done()
         bar.set_description(record.stage, refresh=False)
         bar.update()
 
@@ -165,8 +163,7 @@ def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, 
 
         def on_step(record: StepRecord) -> None:
             transport.gather("serial")
-            if transport.teams > 1:
-                transport.add("steps")
+            transport.step_done()
             bar.update()
 
         return generate(checkpoint, replace(request, strategy="serial", balance=False), Mailbox(), device, on_step)

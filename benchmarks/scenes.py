@@ -72,7 +72,7 @@ def main() -> None:
           f"{args.steps} steps, guidance {guidance}, fp32\n")
     print("| right | pictures | of new captions | checker on rendered scenes | on shuffled captions |\n| --- | --- | --- | --- | --- |")
     for question in found:
-        print(f"| {question} | {' | '.join(percent(shares[question]) for shares in (found, found_new, true, shuffled))} |")
+        print(f"| {question} | {' | '.join(percent(column[question]) for column in (found, found_new, true, shuffled))} |")
     if args.json:
         conditions = {key: value for key, value in vars(args).items() if key not in ("json", "sheet")}
         each = [{"caption": caption, "new": is_new, **verdict} for (_, caption), is_new, verdict in zip(drawn, new, verdicts)]

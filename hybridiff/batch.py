@@ -139,8 +139,8 @@ def begin(
     folder = jobs[0].path.parent
     manifest, problem, lines = Manifest(folder), None, []
     batch = hashlib.sha256(json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()).hexdigest()
-    made = [job.number for job, told in zip(jobs, settings) if resume and already_made(job, told)]
-    strange = next((job.path for job in jobs if job.path.exists() and job.number not in made), None)
+    made = {job.number for job, told in zip(jobs, settings) if resume and already_made(job, told)}
+    strange = next((job.path for job in jobs if resume and job.number not in made and job.path.exists()), None)
     told = transport.gather((made, strange))  # on several machines each knows its own files
     made = {number for numbers, _ in told for number in numbers}
     strange = next((path for _, path in told if path), None)
@@ -150,7 +150,7 @@ def begin(
                 head, *lines = manifest.read()
                 if head["batch"] != batch:
                     raise UsageError(f"{manifest.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
-            elif resume and strange and not overwrite:
+            elif strange and not overwrite:
                 raise UsageError(f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite.")
             lines = {line["number"]: line for line in lines if line.get("status") == "made" and line.get("number") in made}
             lines |= {job.number: line_of(job, "made") for job in jobs if job.number in made and job.number not in lines}

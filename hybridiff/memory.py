@@ -138,12 +138,14 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
 
     precision = str(request.dtype).removeprefix("torch.")
     no_text = checkpoint.family == "sdxl" and checkpoint.zero_negative and request.negative_prompt is None  # for ranks without the prompt
+    of = 2 if no_text and where.ranks > 1 else 1
     for part in ENCODERS:
         if part in checkpoint.parts:
             dtype, on_gpu = request.dtype, cuda
             if part == "t5" and (request.t5 != "device" or not cuda):  # it stays as it is stored
                 on_gpu, dtype = cuda and request.t5 == "fp8", checkpoint.dtype("t5")
-            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *needed(weight_bytes(checkpoint, part, dtype, not on_gpu), on_gpu=on_gpu, of=2 if no_text and where.ranks > 1 else 1)
+            weights = weight_bytes(checkpoint, part, dtype, not on_gpu)
+            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *needed(weights, on_gpu=on_gpu, of=of)
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
     height, width = request.height // vae.factor, request.width // vae.factor
     if isinstance(config, UNetConfig):

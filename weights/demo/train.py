@@ -123,8 +123,9 @@ def main() -> None:
         autoencoder, psnr = train_autoencoder(options.family, out, device, options.vae_steps)
         source = digest(*before)
     torch.manual_seed(2)
-    model = FAMILIES[options.family](encoders)
-    if options.begin_with:
+    if not options.begin_with:
+        model = FAMILIES[options.family](encoders)
+    else:
         try:
             model = begun(options.family, encoders, given)
         except WeightsError as problem:
