@@ -139,6 +139,8 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
             if getattr(args, name) is not None and strategy not in whose:
                 raise UsageError(f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
     guidance = either("guidance", GUIDANCE[family])
+    if guidance <= 1 and args.negative_prompt:
+        raise UsageError(f"--negative-prompt does nothing where guidance {guidance:g} is none: leave it out, or give more --guidance.")
     if guidance <= 1 and strategy in strategies(family):
         strategy = "one-branch"
     usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share, args.full_first)

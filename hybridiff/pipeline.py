@@ -109,8 +109,10 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     for name, value, least in (("full-first", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
-    if request.t5 == "fp8" and not ("t5" in checkpoint.parts and checkpoint.dtype("t5") in FP8):
-        raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this checkpoint has none: leave it out or give --t5 cpu.")
+    if request.t5 != "device" and "t5" not in checkpoint.parts:
+        raise UsageError(f"--t5 {request.t5} says how T5 runs, and there is no T5 here: leave it out.")
+    if request.t5 == "fp8" and checkpoint.dtype("t5") not in FP8:
+        raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this one is not: leave it out or give --t5 cpu.")
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)

@@ -129,7 +129,7 @@ REFUSED = [
     ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--reused", "31"), ("--full-first", "1"), ("--full-first", "30", "--reused", "16"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
     ("--resume",), ("--decode", "p", "--report", "r"), ("--preset", "paper", "--slope", "nan"), ("--transport", "nccl"), ("--timeo", "5"),
-    ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"),
+    ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"), ("--negative-prompt", "red", "--guidance", "1"), ("--t5", "cpu"),
 ]  # fmt: skip
 
 
