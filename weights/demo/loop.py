@@ -32,6 +32,7 @@ class Plan:
     warmup: int = 200
     muon: float = 0.0  # times the rate, for the matrices in an MMDiT's blocks by Muon; 0: AdamW for them too
     ema: float = 0.999
+    bf16: bool = True  # products of matrices in it where that pays (`bf16_pays`); else fp32
     report_every: int = 50
     save_seconds: float = 180.0
 
@@ -102,7 +103,7 @@ class Run:
         self.kind = {"source": source} | {name: value for name, value in asdict(plan).items() if name not in ("report_every", "save_seconds")}
         self.device = next(model.parameters()).device
         self.made_with = {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads(), "compiled": compiled}
-        self.made_with["bf16"] = bf16_pays(self.device)
+        self.made_with["bf16"] = plan.bf16 and bf16_pays(self.device)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.average = {name: weight.detach().clone() for name, weight in self.trained.items()}
         self.of_muon = {name for name, weight in self.trained.items() if plan.muon and hidden_matrix(name, weight)}
