@@ -16,7 +16,7 @@ from weights.demo.scenes import render, sample
 
 SIDE = 128
 CROP = 64  # most steps see a quarter of the picture, the last 15% all of it
-PLAN = Plan(steps=6000, batch=8, rate=1.5e-3, warmup=200, ema=0.998, bf16=False)  # in bf16 demo-sdxl's is 2 dB worse
+PLAN = Plan(steps=6000, batch=8, rate=1.5e-3, warmup=200, ema=0.998, bf16=False)  # bf16 begins slowly from some first weights
 
 
 class Weights(NamedTuple):
