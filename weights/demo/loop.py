@@ -122,7 +122,7 @@ class Run:
         return (self.optimizers[1], ("momentum_buffer",)) if name in self.of_muon else (self.optimizers[0], ("exp_avg", "exp_avg_sq"))
 
     def half_precision(self) -> AbstractContextManager:
-        """bf16 matrix products where they pay; in a resumed run where they did at first."""
+        """bf16 matrix products where the plan has them and they pay; in a resumed run where they did at first."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.made_with["bf16"])
 
     def _load(self) -> None:

@@ -109,7 +109,8 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
         images = picture_batch(generator, plan.batch // 2 if whole else plan.batch, SIDE if whole else CROP)
         latent_side = images.shape[-1] // 8
         noise = torch.randn(len(images), model.config.latent_channels, latent_side, latent_side, generator=generator)
-        return autoencoder_loss(model, images.to(device), noise.to(device), WEIGHTS[family], WEIGHTS[family].halved and step % 2 == 1)
+        with run.half_precision():
+            return autoencoder_loss(model, images.to(device), noise.to(device), WEIGHTS[family], WEIGHTS[family].halved and step % 2 == 1)
 
     def show() -> None:
         images = torch.stack([render(sample("test", index)[0], SIDE) for index in range(8)])
