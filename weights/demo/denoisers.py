@@ -21,7 +21,7 @@ from weights.demo.scenes import COLOURS, REACH, SHAPES, Scene
 from weights.demo.text_encoders import TextEncoders
 
 SIDE = 128
-READING = {"sdxl": (0.1, 0.0), "sd3": (0.25, 1.0)}  # weights in the loss: what stands where, where outlines run (not tried for SDXL)
+READING = {"sdxl": (0.1, 0.0), "sd3": (0.25, 1.0)}  # weights in the loss: what stands where, where outlines run (does nothing for SDXL)
 PARTS = 4  # a side of a cell, for the outlines
 UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
         "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
