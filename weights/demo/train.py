@@ -1,9 +1,9 @@
 """Trains one of the demo checkpoints from nothing: tokenizers, text encoders, autoencoder, latents, denoiser, export.
 
-    python -m weights.demo.train --family sdxl --out DIR
-    python -m weights.demo.train --family sd3 --out DIR
+    python -m weights.demo.train --family sdxl --out DIR --weights FOLDER
+    python -m weights.demo.train --family sd3 --out DIR --weights FOLDER
 
-Everything on the way (states, latents, sample sheets) goes to DIR; run the same command again after a kill and it goes
+The checkpoint goes to FOLDER (without `--weights` it replaces the one in the repository), everything on the way (states, latents, sample sheets) to DIR; run the same command again after a kill and it goes
 on from the last state. `--export` only writes the checkpoint from the last stage's state, finished or not. `--begin-with FILE` trains
 a checkpoint's denoiser on, in the last stage alone, with the checkpoint's text encoders and autoencoder. Beside the new checkpoint lies
 demo-FAMILY.training.json: steps, minutes, conditions and the loss of every stage.
