@@ -49,8 +49,8 @@ def set_up(transport: Transport, args: argparse.Namespace, device: torch.device)
     transport.open_lanes(device, args.transport)
 
 
-def make_several(transport: Transport, args, checkpoint: Checkpoint, device: torch.device) -> int:
-    """Make all pictures, each by the team that is free; exit status 1 if one of them failed."""
+def make_several(transport: Transport, args, checkpoint: Checkpoint, first: Request, device: torch.device) -> int:
+    """Make all pictures, each by the team that is free; exit status 1 if one of them failed. `first` is the request of one that can be made."""
     seed, problem, size = args.seed, None, args.team_size
     if transport.rank == 0 and seed is None:
         try:
@@ -72,6 +72,10 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
         say(f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/")
     transport.divide(size)
     set_up(transport, args, device)
+    if transport.rank == 0 and transport.team == 0:
+        say(f"{checkpoint.family} from {shown(args.weights)}, {numbers(first)}, {device.type}{transport.route}")
+        for remark in checkpoint.remarks:
+            say(remark)
     checkpoint.keep = True
     progress = Progress(len(left), transport)
 
@@ -87,6 +91,13 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
                 save_picture(result.image, job.path, request.seed, settings_of(request, args.weights, size))
         except UsageError as error:
             problem = str(error)
+        except PeerLost:
+            raise
+        except Exception as error:  # such as too little memory: the other ranks of the team cannot go on alone
+            problem = in_a_sentence(error, place()[0], transport.step, transport.doing)
+            if transport.world > 1:
+                manifest.add(line_of(job, "failed", why=problem))  # --resume makes it last
+                raise
         problem = next((told for told in transport.gather(problem) if told), None)
         if transport.rank == 0:
             seconds = time.monotonic() - start
@@ -129,12 +140,14 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
 
     result = generate(checkpoint, request, transport, device, on_step)
     bar.close()
+    transport.doing = "save"
+    if speaks:
+        told = request.seed, settings_of(request, args.weights, transport.world)
+        save_both(result.image, result.records[-1].latents, args.out, args.save_latents, *told)
     serial = make_serial(transport, checkpoint, request, device) if args.compare_serial else None
     transport.doing = "save"
     if speaks:
-        report, latents = make_report(request, result, args.weights, transport.world), result.records[-1].latents
-        told = request.seed, settings_of(request, args.weights, transport.world)
-        save_both(result.image, latents, args.out, args.save_latents, *told)
+        report = make_report(request, result, args.weights, transport.world)
         if args.report:
             if serial:
                 distance = psnr(result.image, serial.image)
@@ -187,7 +200,7 @@ def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Che
     """A sentence on the first thing in which a rank differs from rank 0 though all must agree; None where nothing does."""
     if transport.world == 1:
         return None
-    each_its_own = ("told", "weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size")
+    each_its_own = ("told", "given", "weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size")
     facts = {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
     facts |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
     facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the prompts": args.told}
@@ -232,7 +245,11 @@ def run(transport: Transport) -> int:
         prepared, problem = prepare(transport), None
     except (UsageError, WeightsError) as error:
         prepared, problem = None, str(error)
-    problem = next((said for said in transport.gather(problem) if said), None)  # all ranks stop if one must
+    asked = next((f"--{name}" for name in ("check", "explain", "decode") if prepared and getattr(prepared[0], name)), "pictures")
+    problems, wishes = zip(*transport.gather((problem, asked)))
+    problem = next((said for said in problems if said), None)  # all ranks stop if one must
+    if problem is None and (other := next((rank for rank, wish in enumerate(wishes) if wish != wishes[0]), None)):
+        problem = f"The ranks disagree about what to do: rank 0 is asked for {wishes[0]}, rank {other} for {wishes[other]}; start all of them alike."
     if problem is not None:
         status = 2
         if transport.rank == 0:
@@ -257,7 +274,7 @@ def run(transport: Transport) -> int:
         status = 0
         try:
             if args.several:
-                status = make_several(transport, args, checkpoint, device)
+                status = make_several(transport, args, checkpoint, request, device)
             else:
                 request = replace(request, seed=transport.gather(request.seed)[0])
                 transport.divide(args.team_size)

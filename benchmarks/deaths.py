@@ -151,6 +151,8 @@ def judge(case: Case, folder: Path, ranks: int, others: list, codes: list[int], 
         wrong.append(f"{sum(counts)} lines after Ctrl-C")
     if case.how != "wait" and not case.torchrun and not finished and counts != [1] * len(counts):
         wrong.append(f"{counts} sentences")
+    if case.place != "any" and not (folder / "mark").exists():
+        wrong.append("it was never reached")
     if case.how in ("exception", "memory", "gpu memory", "allocate") and case.place != "any" and (folder / "mark").exists():
         victim = told[0 if case.torchrun else case.victim][1]
         if not any(sentence.startswith(f"rank {case.victim} ") and ("failed" in sentence or "memory" in sentence) for sentence in victim):

@@ -60,6 +60,9 @@ def draw(rng: random.Random, torchrun: bool) -> list[str]:
         given["--preset"] = "paper"
     if rng.random() < 0.15:  # a name that decoding may find
         given["--decode"] = "a.png"
+    if "--decode" in given and rng.random() < 0.5:  # the base has no part in it
+        for name in ("--steps", "--height", "--width"):
+            given.pop(name)
     line = [part for name, value in given.items() for part in ([f"{name}={value}"] if rng.random() < 0.5 or value.startswith("-") else [name, value])]
     line += rng.sample(FLAGS, 1) if rng.random() < 0.3 else []
     if torchrun:  # what a command line can carry
@@ -97,15 +100,15 @@ def try_line(line: list[str], torchrun: bool) -> dict:
         os.chdir(name)
         try:
             status, out, err = (by_torchrun if torchrun else in_process)(line)
-            wrong = judge(status, out, err, Path(name))
+            wrong = judge(line, status, out, err, Path(name))
         finally:
             os.chdir(home)
     said = [told for told in err.replace("\r", "\n").splitlines() if "train_free_sample.py: " in told]
-    return {"line": " ".join(map(ascii, line))[:300], "status": status, "seconds": time.monotonic() - start, "wrong": wrong,
+    return {"line": " ".join(map(ascii, line))[:300], "status": status, "picture": "picture: " in out, "seconds": time.monotonic() - start, "wrong": wrong,
             "said": said[0].partition("train_free_sample.py: ")[2] if said else ""}  # fmt: skip
 
 
-def judge(status: int, out: str, err: str, folder: Path) -> str:
+def judge(line: list[str], status: int, out: str, err: str, folder: Path) -> str:
     """What is wrong with an end; "" where nothing is."""
     said = [line for line in err.replace("\r", "\n").splitlines() if "train_free_sample.py: " in line]
     wrong = ["an error of ours"] if f'File "{ROOT}' in err or any(" failed: " in line for line in said) else []  # torchrun has a traceback of its own
@@ -113,6 +116,8 @@ def judge(status: int, out: str, err: str, folder: Path) -> str:
     pictures = [path for path in folder.rglob("*") if path.is_file() and path.read_bytes().startswith(b"\x89PNG")]
     if status == 0 and said:
         wrong.append("a sentence, but status 0")
+    if status == 0 and not made and not {"--check", "--explain"} & {*line}:
+        wrong.append("no picture, but status 0")
     if status == 0 and made:
         picture = Image.open(*pictures) if len(pictures) == 1 else None
         if picture is None or "prompt" not in picture.text or "seed" not in json.loads(picture.text["settings"]) | picture.text:
@@ -143,7 +148,7 @@ def main() -> int:
         if found[-1]["wrong"]:
             print(f"{number}: {found[-1]}", file=sys.stderr, flush=True)
     bad = [result for result in found if result["wrong"]]
-    counts = {"lines": len(found), "pictures": sum(result["status"] == 0 for result in found), "wrong": len(bad),
+    counts = {"lines": len(found), "pictures": sum(result["picture"] for result in found), "wrong": len(bad),
               "longest, s": round(max(result["seconds"] for result in found), 1)}  # fmt: skip
     print(in_words(machine() | counts | {"seed": args.seed}))
     print(table(["line", "status", "verdict", "sentence"], [[r["line"][:120], r["status"], r["wrong"], r["said"][:150]] for r in bad]))

@@ -19,7 +19,7 @@ from hybridiff.ending import say
 from hybridiff.errors import UsageError
 from hybridiff.pipeline import agree
 from hybridiff.report import write_whole
-from hybridiff.transport import Transport
+from hybridiff.transport import Transport, place
 
 OWN = {"prompt": str, "negative_prompt": str, "seed": int, "height": int, "width": int, "guidance": float}  # what a line may say
 
@@ -133,12 +133,13 @@ def begin(
 ) -> tuple[Manifest, list[Job]]:
     """Start a batch, or with `resume` go on with it: the manifest and the jobs that are still to be made. Every rank calls it.
 
-    `settings` are the jobs' own. UsageError on every rank where the folder cannot be written, or holds another batch or, without `overwrite`,
+    `settings` are the jobs' own; those that failed before come last. UsageError on every rank where the folder cannot be written, or holds another batch or, without `overwrite`,
     pictures of no batch.
     """
     folder = jobs[0].path.parent
-    manifest, problem, lines = Manifest(folder), None, []
+    manifest, problem, lines, failed = Manifest(folder), None, [], set()
     batch = hashlib.sha256(json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()).hexdigest()
+    head = {"batch": batch, "seed": seed, "pictures": len(jobs)}
     made = {job.number for job, told in zip(jobs, settings) if resume and already_made(job, told)}
     strange = next((job.path for job in jobs if resume and job.number not in made and job.path.exists()), None)
     told = transport.gather((made, strange))  # on several machines each knows its own files
@@ -147,18 +148,27 @@ def begin(
     if transport.rank == 0:
         try:
             if resume and manifest.path.exists():
-                head, *lines = manifest.read()
-                if head["batch"] != batch:
+                there, *lines = manifest.read()
+                if there["batch"] != batch:
                     raise UsageError(f"{manifest.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
             elif strange and not overwrite:
                 raise UsageError(f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite.")
+            failed = {line.get("number") for line in lines if line.get("status") == "failed"}
             lines = {line["number"]: line for line in lines if line.get("status") == "made" and line.get("number") in made}
             lines |= {job.number: line_of(job, "made") for job in jobs if job.number in made and job.number not in lines}
-            manifest.begin({"batch": batch, "seed": seed, "pictures": len(jobs)}, list(lines.values()))
+            manifest.begin(head, list(lines.values()))
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
-    return manifest, [job for job in jobs if job.number not in made]
+    if transport.rank and place()[2] == 0:  # another machine, whose folder may be its own
+        try:
+            if not manifest.path.exists() or manifest.read()[0]["batch"] != batch:
+                manifest.begin(head, [])
+        except UsageError as error:
+            problem = str(error)
+    agree(transport, problem)
+    failed = transport.gather(failed)[0]
+    return manifest, sorted((job for job in jobs if job.number not in made), key=lambda job: job.number in failed)
 
 
 def line_of(job: Job, status: str, **more) -> dict:

@@ -99,7 +99,8 @@ def discrepancy_chart(values: Sequence[float | None], stages: Sequence[Stage], r
 def slope_chart(falls: Sequence[float | None], stages: Sequence[Stage], rule: SwitchRule, switch: Switch | None) -> str:
     """The average fall a step against the band [0, g) that switches; values beyond the chart are drawn at its edge."""
     height, steps = 130, len(falls)
-    top, bottom = 6 * rule.slope, -3 * rule.slope
+    scale = rule.slope or max((abs(fall) for fall in falls if fall is not None), default=0.0) / 6 or 1.0  # slope 0: there is no band
+    top, bottom = 6 * scale, -3 * scale
 
     def down(value: float) -> float:
         return height * (top - min(max(value, bottom), top)) / (top - bottom)

@@ -1,6 +1,7 @@
 """When each operation began and ended, as measured: on the host's clock, or on the GPU's where the work is done there."""
 
 import time
+from collections import defaultdict
 from typing import NamedTuple, Sequence
 
 import torch
@@ -54,9 +55,10 @@ class Clock:
         return [Bar(rank, step, self.since(a), self.since(b), kind(op), str(op)) for rank, step, a, b, op in noted]
 
 
-def totals(bars: Sequence[Bar], rank: int, step: int) -> dict[str, float]:
-    """Seconds of one rank in one step by what they went into."""
-    return {
-        name: sum(bar.end - bar.start for bar in bars if (bar.rank, bar.step, bar.what) == (rank, step, what))
-        for name, what in (("compute", "run"), ("send", "send"), ("wait", "wait"), ("other", "other"))
-    }
+def totals(bars: Sequence[Bar]) -> dict[tuple[int, int], dict[str, float]]:
+    """Seconds of every rank in every step, by what they went into: {(rank, step): {"compute": ..., "send": ..., "wait": ..., "other": ...}}."""
+    names = {"run": "compute", "send": "send", "wait": "wait", "other": "other"}
+    spent = defaultdict(lambda: dict.fromkeys(names.values(), 0.0))
+    for bar in bars:
+        spent[bar.rank, bar.step][names[bar.what]] += bar.end - bar.start
+    return spent

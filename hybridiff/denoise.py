@@ -207,6 +207,7 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
             workers[rank].perform(operation, i)
             clock.note(rank, i, operation, begun)
         first = workers[here[0]]
+        transport.settle()
         measured = first.store.pop(DISCREPANCY, None)
         history.append(None if measured is None else float(measured))  # the one scalar that the host waits for
         if task.noise.is_cuda:

@@ -189,13 +189,17 @@ def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple
     return good
 
 
-def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.device, world: int, kept: bool) -> None:
+def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.device, world: int, team: int, kept: bool) -> None:
     """UsageError, with the figures and what would help, where a phase plainly needs more memory than is free.
 
-    `kept`: more pictures follow, for which the networks stay loaded.
+    `team`: ranks that make a picture together. `kept`: more pictures follow, which all teams make, and for which the networks stay loaded.
     """
     cuda = device.type == "cuda"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
+    if not kept:
+        ranks = min(ranks, team)
+    if isinstance(checkpoint.config("denoiser"), UNetConfig):  # its spare ranks hold little or nothing
+        ranks = max(1, ranks * min(team, 2) // team)
     sharing = -(-ranks // max(1, torch.cuda.device_count())) if cuda else 1
     host = free_host()
     if host is None:

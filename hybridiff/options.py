@@ -22,6 +22,7 @@ from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
 SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --full-first and --reused steer
+OF_DECODING = ("decode", "weights", "text_encoders", "t5_tokenizer", "no_t5", "device", "threads", "tiles", "timeout", "out", "overwrite")  # options that go with --decode
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,50 +42,58 @@ def as_utf8(text: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Make a picture with one process or with torchrun on two ranks or more.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id")
+    """The options; also `given`, the names of those that are not at their defaults."""
+    parser = Parser(usage="%(prog)s [options]", description="Make a picture with one process or with torchrun on two ranks or more.", allow_abbrev=False)
+    add = parser.add_argument_group("the checkpoint").add_argument
+    add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id (default: demo-sdxl)")
     add("--check", action="store_true", help="only say what the checkpoint holds and lacks (reads headers, no tensors)")
-    add("--explain", action="store_true", help="only print the schedule: operations, timeline, ideal cost, bytes")
     add("--text-encoders", nargs="+", default=(), metavar="FILE", help="clip_l, clip_g, t5xxl in files of their own")
     add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
     add("--no-t5", action="store_true", help="leave T5 out (SD3)")
-    add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device, on the CPU, or on the device in its stored fp8 (SD3)")
-    add("--prompt", type=as_utf8, action="append", help="what to draw (default: the demo's own prompt); several make several pictures")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance")
-    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt; the seed goes up by one")
+    add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device (the default), on the CPU, or on the device in its stored fp8 (SD3)")
+    add = parser.add_argument_group("the picture").add_argument
+    add("--prompt", type=as_utf8, action="append", help="what to draw (default: the demo's own prompt; with other weights nothing); several make several pictures")
     add("--negative-prompt", type=as_utf8, help="what to keep out")
-    add("--steps", type=int, default=50)
-    add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
     add("--height", type=int, help="pixels (default: the checkpoint's)")
     add("--width", type=int, help="pixels (default: the checkpoint's)")
     add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")
+    add("--steps", type=int, default=50, help="of the sampler (default: 50)")
+    add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
     add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
-    add("--preset", default="balanced", choices=PRESETS, help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items()))
+    add = parser.add_argument_group("several pictures").add_argument
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance")
+    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt; the seed goes up by one (default: 1)")
+    add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
+    add("--layout", choices=("pairs", "layers"), help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)")
+    add = parser.add_argument_group("how it is shared").add_argument
+    add("--preset", default="balanced", choices=PRESETS, help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items()) + " (default: balanced)")
     add("--strategy", help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
         "guided-pipeline (one process or two ranks; the first three also more)")
-    add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
-    add("--reused", type=int, help="steps that our strategies save (default: the preset's share)")
+    add("--explain", action="store_true", help="only print the schedule: operations, timeline, ideal cost, bytes")
+    add("--reused", type=int, help="steps that step-extrapolation, inner-reuse and guided-pipeline save (default: the preset's share)")
     add("--full-first", type=int, help="full steps before those that may be saved (default: 5 and a fifth of the steps)")
     add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
     add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
     add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
     add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's, scaled from 50 steps)")
-    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)")
+    add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
+    add = parser.add_argument_group("the machine").add_argument
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--threads", type=int, default=1, help="torch's threads a process on the CPU")
+    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)")
+    add("--threads", type=int, default=1, help="torch's threads a process on the CPU (default: 1)")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
-    add("--transport", choices=("auto", "nccl", "gloo"), default="auto", help="how ranks send: auto is nccl where each has a GPU of its own, else gloo")
-    add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank")
+    add("--transport", choices=("auto", "nccl", "gloo"), default="auto", help="how ranks send: auto (the default) is nccl where each has a GPU of its own, else gloo")
+    add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank (default: 600)")
+    add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)")
-    add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
-    add("--layout", choices=("pairs", "layers"), help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)")
     add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
     add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
     add("--decode", type=Path, metavar="FILE", help="only make the picture of kept latents")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
     add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    return args
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -169,7 +178,7 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
         rule=rule,
         dtype=DTYPES[args.dtype] if args.dtype else usual_dtype(checkpoint, device),
         tiles=args.tiles,
-        t5=args.t5,
+        t5=None if args.t5 == "device" and "t5" not in checkpoint.parts else args.t5,
         balance=args.balance,
         reuse=usual if args.reused is None else replace(usual, count=args.reused),
     )
@@ -233,9 +242,8 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         checkpoint.leave_out("t5")
     if args.check:
         return args, checkpoint, None, device
-    for name in ("report", "save_latents", "compare_serial"):
-        if args.decode and getattr(args, name):
-            raise UsageError(f"--{name.replace('_', '-')} is for a picture that is sampled, and --decode only decodes one: leave one of them out.")
+    if args.decode and (others := [name for name in args.given if name not in OF_DECODING]):
+        raise UsageError(f"--{others[0].replace('_', '-')} is for a picture that is sampled, and --decode only decodes one: leave one of them out.")
     sends = not args.explain and not args.decode
     if sends and args.transport == "nccl" and (problem := "there is one process, which sends nothing" if transport.world == 1 else nccl_problem(device)):
         raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
@@ -249,7 +257,7 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     requests = that_can_be_made(args, checkpoint, device, transport.world)
     request, largest = requests[0], max(requests, key=lambda request: request.height * request.width)
     if not args.explain and not args.decode:
-        refuse_too_large(checkpoint, largest, device, transport.world, kept=args.several)
+        refuse_too_large(checkpoint, largest, device, transport.world, args.team_size, kept=args.several)
     if args.resume and not args.several:
         raise UsageError("--resume goes on with several pictures, and one is asked for: leave it out, or ask for more.")
     if args.several:

@@ -50,7 +50,7 @@ class Request:
     dtype: torch.dtype
     tiles: bool = False  # decode in tiles if the picture is large
     reuse: Reuse = Reuse()  # which steps our strategies save
-    t5: str = "device"  # where and how T5 runs: "device", "cpu" or "fp8"
+    t5: str | None = "device"  # where and how T5 runs: "device", "cpu" or "fp8"; None where there is none
     balance: bool = False  # cut where the measured times of the parts say
 
 
@@ -103,13 +103,13 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     rule = request.rule
     if not math.isfinite(rule.slope):
         raise UsageError(f"--slope {rule.slope} is not a finite number: give one, such as 4e-4.")
-    for name, value, least in (("window", rule.window, 2), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
+    for name, value, least in (("window", rule.window, 2), ("slope", rule.slope, 0), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     for name, value, least in (("full-first", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
-    if request.t5 != "device" and "t5" not in checkpoint.parts:
+    if request.t5 in ("cpu", "fp8") and "t5" not in checkpoint.parts:
         raise UsageError(f"--t5 {request.t5} says how T5 runs, and there is no T5 here: leave it out.")
     if request.t5 == "fp8" and checkpoint.dtype("t5") not in FP8:
         raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this one is not: leave it out or give --t5 cpu.")
@@ -171,7 +171,7 @@ def decode(
         problem = str(error)
     if transport:
         agree(transport, problem)
-    raw = vae.unscale(latents.float())
+    raw = vae.unscale(latents.to(device, torch.float32))
     height, width = raw.shape[2:]
     tile = (96, 96) if tiles and height * width * vae.config.factor**2 > LARGE else (height, width)
     if transport:
@@ -233,13 +233,14 @@ def generate(
     size = (request.height, request.width)
     settings = Settings(request.steps, request.rule, request.reuse)
     runs, problem = runs_here(strategy, settings, transport), None
+    texts = texts_of(runs) or (["cond"] if request.balance else [])  # a rank that will run nothing is timed under a text too
 
     def names_held(cuts: tuple) -> tuple[str, ...] | None:
         """How the names of the denoiser's parameters begin that this process has any use for; None for all."""
         return None if transport.world == 1 else weights_needed(checkpoint.part("denoiser").module, cuts, runs)
 
     try:
-        conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts_of(runs))
+        conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
         now, transport.doing = clock("text", now), "load"
         cuts = strategy.cuts(checkpoint.part("denoiser").module)
         held = None if request.balance else names_held(cuts)
@@ -256,7 +257,10 @@ def generate(
     if request.balance:
         times = transport.gather(unit_times(task))
         cuts = transport.gather(balanced(denoiser, times))[0]  # rank 0's, so that the ranks cannot disagree
-        denoiser = checkpoint.load("denoiser", request.dtype, device, names=names_held(cuts))
+        held = names_held(cuts)
+        if held is not None:
+            denoiser, task = None, replace(task, denoiser=None)  # the whole network goes before a part of it comes
+            denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
         task = replace(task, denoiser=denoiser, cuts=cuts)
         clock("balance", now)
     weights = sum(p.numel() * p.element_size() for p in denoiser.state_dict().values() if not p.is_meta)

@@ -60,12 +60,13 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
         {"stage": r.stage, "discrepancy": r.discrepancy, "slope": r.slope, "seconds": r.seconds}
         for r in result.records
     ]
+    spent = totals(result.bars)
     switched = request.strategy == "paper" and any(r.stage == "parallelism" for r in result.records)
     switch = find_switch([r.discrepancy for r in result.records], request.rule) if switched else None
     return {
         "steps": steps,
         "ranks": [
-            [totals(result.bars, rank, record.step) for record in result.records]
+            [spent[rank, record.step] for record in result.records]
             for rank in sorted({bar.rank for bar in result.bars})
         ],
         "tau1": switch.tau1 if switch else None,

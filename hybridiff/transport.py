@@ -66,6 +66,9 @@ class Transport:
         self.sent[value.what] += size
         trace(f"step {self.step}: rank {sender} -> rank {to}: {value}, {size} bytes")
 
+    def settle(self) -> None:
+        """The end of a step: wait until its messages are here, where `receive` only queues them."""
+
     def step_done(self) -> None:
         """Rank 0 lets the other teams, which may have nothing left to make, see that this one lives; see `until_all_come`."""
         if self.rank == 0 and self.teams > 1:
@@ -287,6 +290,12 @@ class Ranks(Transport):
                 dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
         trace(f"step {self.step}: rank {to} <- rank {sender}: {value}")
         return tuple(tensor.to(self.device) for tensor in tensors)
+
+    def settle(self) -> None:
+        """NCCL's messages are only queued on the GPU until now. PeerLost, or the end of this process, if one does not come."""
+        if self.backend == "nccl":
+            with self.waiting("the messages of the other ranks"):
+                torch.cuda.synchronize(self.wire)
 
     def finish(self) -> Counter[str]:
         """Wait for the sends of this rank; bytes by kind over all ranks of the team since the last call."""

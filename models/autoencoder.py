@@ -207,10 +207,6 @@ class Autoencoder(nn.Module):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
 
-    def scale(self, latents: Tensor) -> Tensor:
-        """Raw latents -> what the denoiser sees."""
-        return (latents - self.config.shift) * self.config.scaling
-
     def unscale(self, latents: Tensor) -> Tensor:
         """What the denoiser sees -> raw latents."""
         return latents / self.config.scaling + self.config.shift

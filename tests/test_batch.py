@@ -14,6 +14,7 @@ from small import random_states, write_single
 from test_command_line import SCRIPT, call, torchrun
 from tiny import free_port
 
+import train_free_sample
 from hybridiff.batch import make_jobs, read_prompts
 from hybridiff.errors import UsageError
 from hybridiff.transport import teams
@@ -107,6 +108,25 @@ def test_a_killed_batch_goes_on(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *options[:-1], str(tmp_path / "whole"), "--seed", str(seed)) == 0
     assert all(pixels(tmp_path / "all" / f"000{n}.png") == pixels(tmp_path / "whole" / f"000{n}.png") for n in range(1, 7))
     assert call(monkeypatch, *options, "--resume") == 0 and "0 pictures made" in capsys.readouterr().out
+
+
+def test_a_picture_that_breaks_is_reported_and_made_last(tmp_path, monkeypatch, capsys):
+    """Too little memory for one picture: the others are made; the next run tries them before it."""
+    made, tried = train_free_sample.generate, []
+
+    def generate(checkpoint, request, *args):
+        tried.append(request.prompt)
+        if request.prompt == "a large star":
+            raise MemoryError("no more")
+        return made(checkpoint, request, *args)
+
+    monkeypatch.setattr(train_free_sample, "generate", generate)
+    options = ["--prompt", "a large star", "--prompt", "a ring", "--steps", "1", "--seed", "1", "--out", str(tmp_path)]
+    assert call(monkeypatch, *options) == 1
+    assert [(line["number"], line["status"]) for line in manifest(tmp_path)] == [(0, "failed"), (1, "made")]
+    assert "ran out of memory" in manifest(tmp_path)[0]["why"] and "1 pictures made, 1 failed" in capsys.readouterr().out
+    (tmp_path / "0002.png").unlink()
+    assert call(monkeypatch, *options, "--resume") == 1 and tried == ["a large star", "a ring", "a ring", "a large star"]
 
 
 def test_a_lines_seed_is_its_own(tmp_path, monkeypatch):

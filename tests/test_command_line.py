@@ -128,7 +128,7 @@ REFUSED = [
     ("--preset", "paper", "--cap", "0"), ("--preset", "paper", "--interval", "-1"), ("--cap", "9"), ("--preset", "exact", "--reused", "3"),
     ("--preset", "quick"), ("--weights", "demo-sd3", "--t5", "fp8"), ("--t5", "fp8"), ("--reused", "-1"), ("--reused", "31"), ("--full-first", "1"), ("--full-first", "30", "--reused", "16"),
     ("--seed", "-1"), ("--dtype", "int8"), ("--device", "tpu0"), ("--threads", "0"), ("--unknown",),
-    ("--resume",), ("--decode", "p", "--report", "r"), ("--preset", "paper", "--slope", "nan"), ("--transport", "nccl"), ("--timeo", "5"),
+    ("--resume",), ("--decode", "p", "--report", "r"), ("--decode", "p", "--seed", "3"), ("--preset", "paper", "--slope", "-1e-4"), ("--preset", "paper", "--slope", "nan"), ("--transport", "nccl"), ("--timeo", "5"),
     ("--prompt", "a red \udcff"), ("--negative-prompt", "\ud800"), ("--negative-prompt", "red", "--guidance", "1"), ("--t5", "cpu"),
 ]  # fmt: skip
 
@@ -252,6 +252,15 @@ def test_kept_latents_make_the_same_picture(family, tmp_path, monkeypatch, capsy
     for weights, file in ((other, tmp_path / "l.safetensors"), (family, tmp_path / "a.png"), (family, tmp_path / "none")):
         assert call(monkeypatch, "--weights", weights, "--decode", str(file), "--out", str(tmp_path / "c.png")) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "c.png").exists()
+
+
+def test_the_picture_is_there_before_serials(tmp_path, monkeypatch, capsys):
+    """--compare-serial that fails does not lose the picture."""
+    def fail(*_):
+        raise MemoryError
+    monkeypatch.setattr(train_free_sample, "make_serial", fail)
+    assert call(monkeypatch, "--steps", "1", "--out", str(tmp_path / "a.png"), "--report", str(tmp_path), "--compare-serial") == 1
+    assert "out of memory" in capsys.readouterr().err and Image.open(tmp_path / "a.png").size == (128, 128)
 
 
 def test_a_picture_that_cannot_be_written_leaves_its_latents(tmp_path, monkeypatch, capsys):

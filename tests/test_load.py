@@ -100,6 +100,9 @@ def test_shards_and_fp16_variants_of_a_folder(family: str, states: dict, folder:
     for file in list((tmp_path / "fp16").rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))
     assert_equal(open_checkpoint(str(tmp_path / "fp16")), states)
+    for file in list((tmp_path / "fp16").rglob("*.fp16.safetensors")):  # the plain files were not fetched
+        file.with_name(file.name.replace(".fp16", "")).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert_equal(open_checkpoint(str(tmp_path / "fp16")), states)
     shutil.copytree(tmp_path / "shards", tmp_path / "old")  # numbers before the variant, as diffusers once named them
     for file in list((tmp_path / "old").rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))
@@ -297,6 +300,18 @@ def test_a_folder_whose_t5_cannot_be_used_opens_without_it(tmp_path: Path):
         assert_equal(open_checkpoint(str(folder), text_encoders=[str(tmp_path / "t5.safetensors")]), states)
         with pytest.raises(WeightsError, match="T5 128 wide does not fit"):
             open_checkpoint(str(folder), text_encoders=[str(tmp_path / "narrow.safetensors")])
+
+
+def test_a_text_encoder_that_is_named_makes_the_folders_own_unneeded(tmp_path: Path):
+    """Here the folder's CLIP-L is a pickle."""
+    sizes = SIZES["sd3"] | {"clip_l": replace(SIZES["sd3"]["clip_l"], width=768, heads=12, layers=12)}
+    write_folder(tmp_path / "model", "sd3", random_states("sd3", torch.float16))
+    (tmp_path / "model" / "text_encoder" / "model.safetensors").rename(tmp_path / "model" / "text_encoder" / "model.bin")
+    save_file(random_states("sd3", torch.float16, sizes)["clip_l"], tmp_path / "clip.safetensors")
+    with pytest.raises(WeightsError, match="only pickles"):
+        open_checkpoint(str(tmp_path / "model"))
+    with pytest.raises(WeightsError, match="768"):  # it is read, but this denoiser asks for another width
+        open_checkpoint(str(tmp_path / "model"), text_encoders=[str(tmp_path / "clip.safetensors")])
 
 
 def test_metadata_says_what_shapes_cannot(states: dict, family: str, tmp_path: Path):

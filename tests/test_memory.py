@@ -98,12 +98,22 @@ def test_refused_with_figures_and_advice(family: str, monkeypatch: pytest.Monkey
     checkpoint = open_checkpoint(f"demo-{family}")
     need = max(host for _, host, _ in demands(checkpoint, REQUEST, Place(cuda=False, ranks=2, sharing=1, kept=False)))
     monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need)
-    refuse_too_large(checkpoint, REQUEST, CPU, 2, kept=False)
+    refuse_too_large(checkpoint, REQUEST, CPU, 2, 2, kept=False)
     monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need - 1)
     with pytest.raises(UsageError) as caught:
-        refuse_too_large(checkpoint, REQUEST, CPU, 2, kept=False)
+        refuse_too_large(checkpoint, REQUEST, CPU, 2, 2, kept=False)
     assert f"{need / 1e9:,.1f} GB" in str(caught.value) and "--tiles" in str(caught.value) and "smaller --height" in str(caught.value)
-    refuse_too_large(checkpoint, replace(REQUEST, tiles=True), CPU, 2, kept=False)
+    refuse_too_large(checkpoint, replace(REQUEST, tiles=True), CPU, 2, 2, kept=False)
+
+
+@pytest.mark.parametrize("family, counted", [("sdxl", 2), ("sd3", 4)])
+def test_spare_ranks_of_a_u_net_do_not_count(family: str, counted: int, monkeypatch: pytest.MonkeyPatch):
+    """Of four ranks that make one picture two hold SDXL's whole network, all four SD3's; of two teams one has nothing to do."""
+    asked = []
+    monkeypatch.setattr(hybridiff.memory, "demands", lambda checkpoint, request, where: asked.append(where.ranks) or [])
+    for world, team, kept in ((4, 4, False), (4, 2, False), (4, 2, True)):
+        refuse_too_large(open_checkpoint(f"demo-{family}"), REQUEST, CPU, world, team, kept)
+    assert asked == [counted, 2, 4]
 
 
 def test_networks_that_stay_add_up(monkeypatch: pytest.MonkeyPatch):
@@ -113,9 +123,9 @@ def test_networks_that_stay_add_up(monkeypatch: pytest.MonkeyPatch):
     assert kept[0] == alone[0] and kept[-1] > sum(alone[:3]) + alone[-1]
     monkeypatch.setattr(hybridiff.memory, "demands", lambda checkpoint, request, where: [("the decoder", 9 if where.kept else 5, 0)])
     monkeypatch.setattr(hybridiff.memory, "free_host", lambda: 7)
-    refuse_too_large(checkpoint, small, CPU, 1, kept=False)
+    refuse_too_large(checkpoint, small, CPU, 1, 1, kept=False)
     with pytest.raises(UsageError, match="try one picture a run"):
-        refuse_too_large(checkpoint, small, CPU, 1, kept=True)
+        refuse_too_large(checkpoint, small, CPU, 1, 1, kept=True)
 
 
 def test_weights_of_the_file_need_no_memory_of_their_own():

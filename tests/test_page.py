@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import train_free_sample
-from hybridiff.charts import nice
+from hybridiff.charts import nice, slope_chart
 from hybridiff.page import full_step_words, psnr
 from hybridiff.strategies import strategies
+from hybridiff.switching import SwitchRule
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 PROMPT = "<script>document.title='owned'</script> \"a\" & 'b' <img src=http://localhost/x>"
@@ -64,6 +65,13 @@ def test_page_holds_what_the_report_holds(folder):
     dots = [a for tag, a in page.tags if tag == "circle" and a.get("class") == "dot"]
     assert page.said.count("cap") >= 2 and len([a for tag, a in page.tags if tag == "line" and a.get("class") == "rule"]) == 2  # in both charts
     assert len(dots) >= sum(step["discrepancy"] is not None for step in report["steps"])
+
+
+@pytest.mark.parametrize("falls", [[None, 0.25, -0.5], [None, None, None], [None, 0.0, 0.0]])
+def test_slope_chart_without_a_band(falls):
+    """--slope 0: only the cap switches."""
+    drawn = slope_chart(falls, ["warm-up"] * 3, SwitchRule(window=2, slope=0.0, cap=2, interval=1), None)
+    assert drawn.count("<circle") == sum(fall is not None for fall in falls) and "nan" not in drawn
 
 
 def test_page_needs_nothing_from_outside(folder):

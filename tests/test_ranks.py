@@ -26,6 +26,7 @@ DIFFERENT = {
     "seed": (["--seed", "1"], ["--seed", "2"], "--seed"),
     "weights": ([], ["--weights", "demo-sd3", "--guidance", "5"], ""),
     "guidance": (["--guidance", "5"], ["--guidance", "5.5"], "--guidance"),
+    "what to do": ([], ["--explain"], "what to do: rank 0 is asked for pictures, rank 1 for --explain"),
 }
 
 

@@ -149,3 +149,5 @@ def test_balance_on_four_ranks(tmp_path):
     assert [len(times) for times in use["seconds_of_units"]] == [9] * 4
     assert use["weights"][0] == use["weights"][2] > use["weights"][1] + use["weights"][3]
     assert "idle outside of the middle stage: ranks 1, 3" in ran.stdout
+    few = torchrun(*options, "--interval", "1", "--out", str(tmp_path / "few.png"), ranks=4)  # ranks 1 and 3 run nothing, but are timed
+    assert few.returncode == 0 and (tmp_path / "few.png").exists(), few.stderr

@@ -177,10 +177,10 @@ def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str |
     """
     try:
         path = locate(name)
-        contents = read_folder(path) if path.is_dir() else read_single(path)
+        encoders = [(file, *read_encoder(Path(os.path.expanduser(file)))) for file in text_encoders]
+        contents = read_folder(path, without=[part for _, part, _ in encoders]) if path.is_dir() else read_single(path)
         parts, given = dict(contents.parts), {}
-        for file in text_encoders:
-            part, found = read_encoder(Path(os.path.expanduser(file)))
+        for file, part, found in encoders:
             if part not in PREFIXES[contents.family]:
                 raise WeightsError(f"{file} is a {part} text encoder, which {contents.family.upper()} does not have.")
             if part in given:

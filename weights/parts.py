@@ -5,7 +5,7 @@ File and folder names decide nothing, but for the sub-folders of the Hugging Fac
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -214,8 +214,8 @@ def t5_length(path: Path, config: Mapping) -> int | None:
     return length
 
 
-def read_folder(path: Path) -> Contents:
-    """Contents of a folder in Hugging Face layout. A T5 that cannot be used is left out, with a note why."""
+def read_folder(path: Path, without: Collection[str] = ()) -> Contents:
+    """Contents of a folder in Hugging Face layout, but for the parts `without`. A T5 that cannot be used is left out, with a note why."""
     family = next((family for family, folders in FOLDERS.items() if (path / folders["denoiser"]).is_dir()), None)
     if family is None:
         raise WeightsError(f"{path} has neither unet/ nor transformer/ in it: give the folder of an SDXL or SD3 model"
@@ -223,7 +223,7 @@ def read_folder(path: Path) -> Contents:
     parts, notes = {}, {}
     for part, name in FOLDERS[family].items():
         folder, kind = path / name, kind_of(part, family)
-        if folder.is_dir() and (part == "denoiser" or any(folder.iterdir())):
+        if part not in without and folder.is_dir() and (part == "denoiser" or any(folder.iterdir())):
             try:
                 config = read_json(folder / "config.json")
                 require(folder / "config.json", config, FIXED[kind])
@@ -289,7 +289,8 @@ STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers na
 
 
 def folder_entries(folder: Path) -> dict[str, Entry]:
-    """The tensors of a sub-folder: of its plain file(s), else of the fp16 or bf16 variant; shards are put together.
+    """The tensors of a sub-folder: of its plain file(s), else of the fp16 or bf16 variant; shards are put together. A variant with a file
+    that cannot be used, such as a pointer of Git LFS, makes way for the next.
 
     Shards are numbered after the variant (`model.fp16-00001-of-00002`) or, by older versions of diffusers, before it.
     """
@@ -307,8 +308,20 @@ def folder_entries(folder: Path) -> dict[str, Entry]:
     shards, files = ranked[0][2], sets[ranked[0]]
     if len(files) != shards:
         raise WeightsError(f"{folder} holds {len(files)} of {shards} shards: fetch the others.")
+    problems = []
+    for key in ranked:
+        if len(sets[key]) == key[2] and (key[0] in STEMS) == (ranked[0][0] in STEMS):
+            try:
+                return together(sets[key].values())
+            except WeightsError as problem:
+                problems.append(problem)
+    raise problems[0]
+
+
+def together(files: Iterable[Path]) -> dict[str, Entry]:
+    """The tensors of all shards."""
     entries: dict[str, Entry] = {}
-    for file in files.values():
+    for file in files:
         found, _ = read_header(file)
         if twice := entries.keys() & found.keys():
             raise WeightsError(f"{file} holds tensors that another file beside it holds too: {some(sorted(twice))}.")

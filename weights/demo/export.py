@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weights.demo.denoisers import MMDIT, SIDE, UNET
 from weights.demo.loop import write_safetensors
-from weights.demo.text_encoders import CLIP_SIZES, LENGTH, T5_SIZES
+from weights.demo.text_encoders import CLIP_SIZES, LENGTH
 
 GUIDANCE = {"sdxl": 5.0, "sd3": 3.0}
 PROMPT = "a large red circle left of a small blue square on a yellow background"
@@ -56,15 +56,12 @@ def single_file(family: str, model: nn.Module, autoencoder: nn.Module) -> dict[s
 def config(family: str, vae_groups: int, scaling: float, shift: float) -> dict:
     """What the tensors cannot tell, for the metadata entry `hybridiff.config`."""
     clip_heads = CLIP_SIZES["width"] // CLIP_SIZES["heads"]
-    known = {"family": family}
     if family == "sdxl":
         width = UNET["channels"] * UNET["multipliers"][1] // UNET["heads"][1]
-        known["unet"] = {"head_width": width, "groups": UNET["groups"]}
+        own = {"unet": {"head_width": width, "groups": UNET["groups"]}}
     else:
-        known["mmdit"] = {"head_width": MMDIT["width"] // MMDIT["heads"]}
-        known["t5_length"] = LENGTH
-        known["t5"] = {"head_width": T5_SIZES["head_width"]}
-    return known | {
+        own = {"mmdit": {"head_width": MMDIT["width"] // MMDIT["heads"]}, "t5_length": LENGTH}
+    return own | {
         "vae": {"groups": vae_groups, "scaling": scaling, "shift": shift},
         "clip_l": {"head_width": clip_heads, "activation": "quick_gelu"},
         "clip_g": {"head_width": clip_heads, "activation": "gelu"},
