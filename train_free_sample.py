@@ -49,8 +49,8 @@ def set_up(transport: Transport, args: argparse.Namespace, device: torch.device)
     transport.open_lanes(device, args.transport)
 
 
-def make_several(transport: Transport, args, checkpoint: Checkpoint, first: Request, device: torch.device) -> int:
-    """Make all pictures, each by the team that is free; exit status 1 if one of them failed. `first` is the request of one that can be made."""
+def make_several(transport: Transport, args, checkpoint: Checkpoint, device: torch.device) -> int:
+    """Make all pictures, each by the team that is free; exit status 1 if one of them failed."""
     seed, problem, size = args.seed, None, args.team_size
     if transport.rank == 0 and seed is None:
         try:
@@ -73,7 +73,7 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, first: Requ
     transport.divide(size)
     set_up(transport, args, device)
     if transport.rank == 0 and transport.team == 0:
-        say(f"{checkpoint.family} from {shown(args.weights)}, {numbers(first)}, {device.type}{transport.route}")
+        say(f"{checkpoint.family} from {shown(args.weights)}, {args.plans}, {device.type}{transport.route}")
         for remark in checkpoint.remarks:
             say(remark)
     checkpoint.keep = True
@@ -98,6 +98,9 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, first: Requ
             if transport.world > 1:
                 manifest.add(line_of(job, "failed", why=problem))  # --resume makes it last
                 raise
+            transport.forget()
+            if TRACE:
+                traceback.print_exc()
         problem = next((told for told in transport.gather(problem) if told), None)
         if transport.rank == 0:
             seconds = time.monotonic() - start
@@ -186,6 +189,7 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
     """What --check and --explain print, what --decode makes: rank 0 alone does it."""
     if args.decode:
         latents, seed, settings = read_latents(args.decode, checkpoint.config("vae").latent_channels)
+        torch.set_num_threads(args.threads)
         save_picture(decode(checkpoint, latents, choose_device(args.device), args.tiles), args.out, seed, settings)
         say(f"picture: {args.out}")
     elif request is None:
@@ -274,7 +278,7 @@ def run(transport: Transport) -> int:
         status = 0
         try:
             if args.several:
-                status = make_several(transport, args, checkpoint, request, device)
+                status = make_several(transport, args, checkpoint, device)
             else:
                 request = replace(request, seed=transport.gather(request.seed)[0])
                 transport.divide(args.team_size)

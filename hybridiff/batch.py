@@ -96,6 +96,13 @@ class Manifest:
             raise UsageError(f"{self.path} is no manifest of a batch: choose another --out.")
         return lines
 
+    def lines_of(self, batch: str) -> list[dict]:
+        """The pictures' lines. UsageError where the file is another batch's."""
+        head, *lines = self.read()
+        if head["batch"] != batch:
+            raise UsageError(f"{self.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
+        return lines
+
     def begin(self, head: dict, lines: Sequence[dict]) -> None:
         """Write the file with its first line and the lines that are known already. UsageError where that fails."""
         text = "".join(json.dumps(line) + "\n" for line in (head, *lines))
@@ -148,26 +155,27 @@ def begin(
     if transport.rank == 0:
         try:
             if resume and manifest.path.exists():
-                there, *lines = manifest.read()
-                if there["batch"] != batch:
-                    raise UsageError(f"{manifest.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
+                lines = manifest.lines_of(batch)
             elif strange and not overwrite:
                 raise UsageError(f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite.")
-            failed = {line.get("number") for line in lines if line.get("status") == "failed"}
+            told = {line["number"]: line for line in lines if line.get("status") == "failed" and "number" in line}
+            failed = told.keys() - made
             lines = {line["number"]: line for line in lines if line.get("status") == "made" and line.get("number") in made}
             lines |= {job.number: line_of(job, "made") for job in jobs if job.number in made and job.number not in lines}
-            manifest.begin(head, list(lines.values()))
+            manifest.begin(head, [*lines.values(), *(told[number] for number in failed)])
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
     if transport.rank and place()[2] == 0:  # another machine, whose folder may be its own
         try:
-            if not manifest.path.exists() or manifest.read()[0]["batch"] != batch:
+            if resume and manifest.path.exists():
+                failed = {line.get("number") for line in manifest.lines_of(batch) if line.get("status") == "failed"}
+            else:
                 manifest.begin(head, [])
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
-    failed = transport.gather(failed)[0]
+    failed = set().union(*transport.gather(set(failed)))
     return manifest, sorted((job for job in jobs if job.number not in made), key=lambda job: job.number in failed)
 
 

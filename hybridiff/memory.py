@@ -198,9 +198,10 @@ def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.d
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
     if not kept:
         ranks = min(ranks, team)
-    if isinstance(checkpoint.config("denoiser"), UNetConfig):  # its spare ranks hold little or nothing
-        ranks = max(1, ranks * min(team, 2) // team)
     sharing = -(-ranks // max(1, torch.cuda.device_count())) if cuda else 1
+    if isinstance(checkpoint.config("denoiser"), UNetConfig) and request.strategy != "one-branch" and not request.balance:
+        ranks = max(1, ranks * min(team, 2) // team)  # a U-Net's spare ranks hold little or nothing
+        sharing = min(sharing, ranks)
     host = free_host()
     if host is None:
         return

@@ -32,6 +32,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{shown(message)}; see --help.")
 
+    def parse_args(self) -> argparse.Namespace:
+        """The options; also `given`, the names of those that are not at their defaults."""
+        args = super().parse_args()
+        args.given = [name for name, value in vars(args).items() if value != self.get_default(name)]
+        return args
+
 
 def as_utf8(text: str) -> str:
     """An argument read as UTF-8 also where the locale is another, such as C; unchanged where it is none (`check_text` refuses it)."""
@@ -42,7 +48,6 @@ def as_utf8(text: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The options; also `given`, the names of those that are not at their defaults."""
     parser = Parser(usage="%(prog)s [options]", description="Make a picture with one process or with torchrun on two ranks or more.", allow_abbrev=False)
     add = parser.add_argument_group("the checkpoint").add_argument
     add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id (default: demo-sdxl)")
@@ -91,9 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--decode", type=Path, metavar="FILE", help="only make the picture of kept latents")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
     add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
-    args = parser.parse_args()
-    args.given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    return args
+    return parser.parse_args()
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -194,7 +197,7 @@ def team_size(args: argparse.Namespace, ranks: int, world: int) -> int:
 
 
 def that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> list[Request]:
-    """The requests of all pictures that can be made; UsageError if there is none (else the others fail at their turn). Sets args.team_size."""
+    """The requests of all pictures that can be made; UsageError if there is none (else the others fail at their turn). Sets args.team_size, and args.plans: the strategies in words."""
     known, problems, good = [], [], []
     for own in args.told:
         try:
@@ -212,6 +215,7 @@ def that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: t
             problems.append(error)
     if not good:
         raise problems[0]
+    args.plans = " or ".join(dict.fromkeys(map(numbers, good)))
     return good
 
 

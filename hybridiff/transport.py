@@ -66,6 +66,9 @@ class Transport:
         self.sent[value.what] += size
         trace(f"step {self.step}: rank {sender} -> rank {to}: {value}, {size} bytes")
 
+    def forget(self) -> None:
+        """A picture has broken off: drop the messages that nobody will take."""
+
     def settle(self) -> None:
         """The end of a step: wait until its messages are here, where `receive` only queues them."""
 
@@ -97,6 +100,9 @@ class Mailbox(Transport):
         sent = [(tensor.shape, tensor.dtype) for tensor in tensors]
         assert sent == list(shapes), f"rank {to} expected {value} as {shapes} from rank {sender}, which sent {sent}"
         return tensors
+
+    def forget(self) -> None:
+        self.mail.clear()
 
     def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
         """Nothing to open within one process."""
@@ -150,16 +156,23 @@ class Ranks(Transport):
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """PeerLost, in words, where torch.distributed gives up; where it does not, this process ends a little later."""
-        late = threading.Timer(self.timeout.total_seconds() + 3, self.end, [what])
-        late.daemon = True
-        late.start()
         try:
-            yield
+            with self.at_most(what):
+                yield
         except (RuntimeError, ValueError) as error:  # gloo's and NCCL's errors are RuntimeErrors
             silent = "imed out" in str(error) or "imeout" in str(error)
             seconds = f"{self.timeout.total_seconds():g}"
             why = f"nothing came for {seconds} seconds (--timeout)" if silent else "the other side has ended"
             raise PeerLost(f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {why}.") from error
+
+    @contextmanager
+    def at_most(self, what: str) -> Iterator[None]:
+        """The end of this process where what is within takes longer than the timeout."""
+        late = threading.Timer(self.timeout.total_seconds() + 3, self.end, [what])
+        late.daemon = True
+        late.start()
+        try:
+            yield
         finally:
             late.cancel()
 
@@ -292,9 +305,9 @@ class Ranks(Transport):
         return tuple(tensor.to(self.device) for tensor in tensors)
 
     def settle(self) -> None:
-        """NCCL's messages are only queued on the GPU until now. PeerLost, or the end of this process, if one does not come."""
+        """NCCL's messages are only queued on the GPU until now. The end of this process if one does not come."""
         if self.backend == "nccl":
-            with self.waiting("the messages of the other ranks"):
+            with self.at_most("the messages of the other ranks"):
                 torch.cuda.synchronize(self.wire)
 
     def finish(self) -> Counter[str]:

@@ -103,6 +103,7 @@ def test_shards_and_fp16_variants_of_a_folder(family: str, states: dict, folder:
     for file in list((tmp_path / "fp16").rglob("*.fp16.safetensors")):  # the plain files were not fetched
         file.with_name(file.name.replace(".fp16", "")).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert_equal(open_checkpoint(str(tmp_path / "fp16")), states)
+    assert sum("the variant fp16 beside it is taken" in remark for remark in open_checkpoint(str(tmp_path / "fp16")).remarks) == len(states)
     shutil.copytree(tmp_path / "shards", tmp_path / "old")  # numbers before the variant, as diffusers once named them
     for file in list((tmp_path / "old").rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))

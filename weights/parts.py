@@ -220,21 +220,22 @@ def read_folder(path: Path, without: Collection[str] = ()) -> Contents:
     if family is None:
         raise WeightsError(f"{path} has neither unet/ nor transformer/ in it: give the folder of an SDXL or SD3 model"
                            " in Hugging Face layout, or a .safetensors file.")
-    parts, notes = {}, {}
+    parts, notes, remarks = {}, {}, []
     for part, name in FOLDERS[family].items():
         folder, kind = path / name, kind_of(part, family)
         if part not in without and folder.is_dir() and (part == "denoiser" or any(folder.iterdir())):
             try:
                 config = read_json(folder / "config.json")
                 require(folder / "config.json", config, FIXED[kind])
-                parts[part] = Part(kind, folder, folder_entries(folder), given_by_json(kind, config))
+                entries, remark = folder_entries(folder)
+                parts[part] = Part(kind, folder, entries, given_by_json(kind, config))
+                remarks += remark
             except WeightsError as error:
                 if part != "t5":
                     raise
                 notes[part] = [str(error).rstrip(".")]
     check_denoiser(parts["denoiser"], family)
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    remarks = []
     if family == "sdxl":
         require(path / "scheduler", scheduler, TRAINED)
         others = [f"{name} = {ascii(scheduler[name]):.50}" for name, value in SAMPLED.items() if scheduler.get(name, value) != value]
@@ -288,9 +289,9 @@ SHARD = re.compile(r"(?P<stem>[^.]+?)(?P<old>-\d{5}-of-\d{5})?(?:\.(?P<variant>[
 STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 
 
-def folder_entries(folder: Path) -> dict[str, Entry]:
+def folder_entries(folder: Path) -> tuple[dict[str, Entry], list[str]]:
     """The tensors of a sub-folder: of its plain file(s), else of the fp16 or bf16 variant; shards are put together. A variant with a file
-    that cannot be used, such as a pointer of Git LFS, makes way for the next.
+    that cannot be used, such as a pointer of Git LFS, makes way for the next, with a remark.
 
     Shards are numbered after the variant (`model.fp16-00001-of-00002`) or, by older versions of diffusers, before it.
     """
@@ -310,11 +311,13 @@ def folder_entries(folder: Path) -> dict[str, Entry]:
         raise WeightsError(f"{folder} holds {len(files)} of {shards} shards: fetch the others.")
     problems = []
     for key in ranked:
-        if len(sets[key]) == key[2] and (key[0] in STEMS) == (ranked[0][0] in STEMS):
+        if len(sets[key]) == key[2] and key[0] == ranked[0][0]:
             try:
-                return together(sets[key].values())
+                entries = together(sets[key].values())
             except WeightsError as problem:
                 problems.append(problem)
+            else:
+                return entries, [f"{str(problem).rstrip('.')}; the variant {key[1] or 'without a name'} beside it is taken." for problem in problems[:1]]
     raise problems[0]
 
 
