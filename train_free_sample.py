@@ -204,7 +204,7 @@ def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Che
     """A sentence on the first thing in which a rank differs from rank 0 though all must agree; None where nothing does."""
     if transport.world == 1:
         return None
-    each_its_own = ("told", "given", "weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size")
+    each_its_own = ("told", "given", "weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size", "plans")
     facts = {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
     facts |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
     facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the prompts": args.told}
