@@ -49,6 +49,13 @@ def set_up(transport: Transport, args: argparse.Namespace, device: torch.device)
     transport.open_lanes(device, args.transport)
 
 
+def introduce(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, plan: str, prompt: str = "") -> None:
+    """Say with what the pictures are made, and what was noticed while loading."""
+    say(f"{checkpoint.family} from {shown(args.weights)}, {plan}, {device.type}{transport.route}{prompt}")
+    for remark in checkpoint.remarks:
+        say(remark)
+
+
 def make_several(transport: Transport, args, checkpoint: Checkpoint, device: torch.device) -> int:
     """Make all pictures, each by the team that is free; exit status 1 if one of them failed."""
     seed, problem, size = args.seed, None, args.team_size
@@ -73,9 +80,7 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
     transport.divide(size)
     set_up(transport, args, device)
     if transport.rank == 0 and transport.team == 0:
-        say(f"{checkpoint.family} from {shown(args.weights)}, {args.plans}, {device.type}{transport.route}")
-        for remark in checkpoint.remarks:
-            say(remark)
+        introduce(transport, args, checkpoint, device, args.plans)
     checkpoint.keep = True
     progress = Progress(len(left), transport)
 
@@ -123,9 +128,7 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
     speaks = transport.rank == 0
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
-        say(f'{checkpoint.family} from {shown(args.weights)}, {numbers(request)} on {ranks}, {device.type}{transport.route}: "{shown(request.prompt)}"')
-        for remark in checkpoint.remarks:
-            say(remark)
+        introduce(transport, args, checkpoint, device, f"{numbers(request)} on {ranks}", f': "{shown(request.prompt)}"')
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
     seen: list[StepRecord] = []
 

@@ -153,7 +153,7 @@ def judge(case: Case, folder: Path, ranks: int, others: list, codes: list[int], 
         wrong.append(f"{counts} sentences")
     if case.place != "any" and not (folder / "mark").exists():
         wrong.append("it was never reached")
-    if case.how in ("exception", "memory", "gpu memory", "allocate") and case.place != "any" and (folder / "mark").exists():
+    elif case.place != "any" and case.how in ("exception", "memory", "gpu memory", "allocate"):
         victim = told[0 if case.torchrun else case.victim][1]
         if not any(sentence.startswith(f"rank {case.victim} ") and ("failed" in sentence or "memory" in sentence) for sentence in victim):
             wrong.append("the rank that failed does not say so")

@@ -144,39 +144,44 @@ def begin(
     pictures of no batch.
     """
     folder = jobs[0].path.parent
-    manifest, problem, lines, failed = Manifest(folder), None, [], set()
+    manifest, problem = Manifest(folder), None
     batch = hashlib.sha256(json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()).hexdigest()
     head = {"batch": batch, "seed": seed, "pictures": len(jobs)}
     made = {job.number for job, told in zip(jobs, settings) if resume and already_made(job, told)}
     strange = next((job.path for job in jobs if resume and job.number not in made and job.path.exists()), None)
-    told = transport.gather((made, strange))  # on several machines each knows its own files
-    made = {number for numbers, _ in told for number in numbers}
-    strange = next((path for _, path in told if path), None)
+    files = transport.gather((made, strange))  # on several machines each knows its own
+    made = {number for numbers, _ in files for number in numbers}
+    strange = next((path for _, path in files if path), None)
     if transport.rank == 0:
         try:
             if resume and manifest.path.exists():
-                lines = manifest.lines_of(batch)
+                before = {line.get("number"): line for line in manifest.lines_of(batch)}
             elif strange and not overwrite:
                 raise UsageError(f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite.")
-            told = {line["number"]: line for line in lines if line.get("status") == "failed" and "number" in line}
-            failed = told.keys() - made
-            lines = {line["number"]: line for line in lines if line.get("status") == "made" and line.get("number") in made}
-            lines |= {job.number: line_of(job, "made") for job in jobs if job.number in made and job.number not in lines}
-            manifest.begin(head, [*lines.values(), *(told[number] for number in failed)])
-        except UsageError as error:
-            problem = str(error)
-    agree(transport, problem)
-    if transport.rank and place()[2] == 0:  # another machine, whose folder may be its own
-        try:
-            if resume and manifest.path.exists():
-                failed = {line.get("number") for line in manifest.lines_of(batch) if line.get("status") == "failed"}
             else:
-                manifest.begin(head, [])
+                before = {}
+            manifest.begin(head, [line for job in jobs if (line := line_after(job, before.get(job.number, {}), job.number in made))])
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
-    failed = set().union(*transport.gather(set(failed)))
+    failed = set()
+    if place()[2] == 0:  # the first rank of every machine, whose folder may be its own
+        try:
+            if transport.rank and not (resume and manifest.path.exists()):
+                manifest.begin(head, [])
+            failed = {line.get("number") for line in manifest.lines_of(batch) if line.get("status") == "failed"}
+        except UsageError as error:
+            problem = str(error)
+    agree(transport, problem)
+    failed = set().union(*transport.gather(failed))
     return manifest, sorted((job for job in jobs if job.number not in made), key=lambda job: job.number in failed)
+
+
+def line_after(job: Job, line: dict, made: bool) -> dict | None:
+    """A picture's line when a batch goes on: the last one of before, `line`, where it still holds; None where the picture was never begun."""
+    if made:
+        return line if line.get("status") == "made" else line_of(job, "made")
+    return line if line.get("status") == "failed" else None
 
 
 def line_of(job: Job, status: str, **more) -> dict:

@@ -89,8 +89,8 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     weights.mkdir()
     for name in text_encoders.FILES:
         shutil.copy(train.HERE / name, weights)
-    for module in (text_encoders, train_vae):
-        monkeypatch.setattr(module, "PLAN", replace(module.PLAN, steps=2, batch=2))
+    monkeypatch.setattr(text_encoders, "PLAN", replace(text_encoders.PLAN, steps=2, batch=2))
+    monkeypatch.setitem(train_vae.PLANS, "sd3", replace(train_vae.PLAN, steps=2, batch=2))
     monkeypatch.setattr(train_vae, "LATENTS", 32)
     monkeypatch.setattr(text_encoders, "accuracy", lambda *_: {})
     monkeypatch.setattr(SD3Demo, "sample", lambda self, ids, empty, noise, **_: noise)

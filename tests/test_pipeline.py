@@ -90,9 +90,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def project(folder: Path, projection: Tensor) -> None:
-    """Give the text encoder in a folder this projection of its pooled state."""
+    """Give the text encoder in a folder this projection of its pooled state, and the official names, which some versions of transformers shorten."""
     file, config = folder / "model.safetensors", folder / "config.json"
-    save_file(load_file(file) | {"text_projection.weight": projection}, file, {"format": "pt"})
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items() if name != "text_projection.weight"}
+    save_file(tensors | {"text_projection.weight": projection}, file, {"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"projection_dim": len(projection)}))
 
 

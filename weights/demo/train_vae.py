@@ -17,6 +17,7 @@ from weights.demo.scenes import render, sample
 SIDE = 128
 CROP = 64  # most steps see a quarter of the picture, the last 15% all of it
 PLAN = Plan(steps=6000, batch=8, rate=1.5e-3, warmup=200, ema=0.998, bf16=False)  # bf16 begins slowly from some first weights
+PLANS = {"sdxl": replace(PLAN, steps=9000), "sd3": PLAN}  # 4 channels take longer than 16
 
 
 class Weights(NamedTuple):
@@ -101,7 +102,7 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
     model = Autoencoder(CONFIGS[family])
     initialise(model)
     model.to(device)
-    plan = replace(PLAN, steps=steps or PLAN.steps)
+    plan = replace(PLANS[family], steps=steps or PLANS[family].steps)
     run = Run(model, plan, out / f"{family}-vae.safetensors")
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
