@@ -293,6 +293,8 @@ def run(transport: Transport) -> int:
                 prefix = "" if isinstance(error, SharedError) or place()[1] == 1 else f"rank {place()[0]}: "
                 say(f"{prefix}{error}", error=True)
             if transport.world > 1:
+                if isinstance(error, SharedError):
+                    transport.end_together()
                 os._exit(1)  # at once: the others see it and end too
             return 1
     transport.leave()  # nobody leaves before rank 0 has spoken

@@ -169,7 +169,8 @@ def begin(
         try:
             if transport.rank and not (resume and manifest.path.exists()):
                 manifest.begin(head, [])
-            failed = {line.get("number") for line in manifest.lines_of(batch) if line.get("status") == "failed"}
+            last = {line.get("number"): line for line in manifest.lines_of(batch)} if resume else {}
+            failed = {number for number, line in last.items() if line.get("status") == "failed"}
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
@@ -178,7 +179,7 @@ def begin(
 
 
 def line_after(job: Job, line: dict, made: bool) -> dict | None:
-    """A picture's line when a batch goes on: the last one of before, `line`, where it still holds; None where the picture was never begun."""
+    """A picture's line when a batch goes on: the last one of before, `line`, where it still holds; None where the picture is to be made as if it had not been."""
     if made:
         return line if line.get("status") == "made" else line_of(job, "made")
     return line if line.get("status") == "failed" else None

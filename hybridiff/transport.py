@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Iterator, Sequence
 
@@ -151,6 +151,7 @@ class Ranks(Transport):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
         self.watches: list[threading.Thread] = []  # see `watch_peers`
+        self.ending = False  # see `end_together`
         self.under_way: deque[tuple[int, dist.Work, Tensor]] = deque()  # sends, with their step, keep their tensors alive until they are done
 
     @contextmanager
@@ -198,7 +199,7 @@ class Ranks(Transport):
         return f" in step {self.step}" if self.step >= 0 else f" ({self.doing})"
 
     def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
-        """Make the lanes for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank must call it. UsageError where NCCL cannot be had."""
+        """Make the lanes for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank of a team must call it. UsageError where NCCL cannot be had."""
         told = self.gather((nccl_problem(device), f"{socket.gethostname()} {device}"))
         problem = next((problem for problem, _ in told if problem), None)
         if problem is None and len({where for _, where in told}) < len(told):
@@ -248,6 +249,8 @@ class Ranks(Transport):
             try:
                 dist.recv(torch.zeros(1), rank, group=self.farewells)
             except RuntimeError:
+                if self.ending:
+                    return
                 say(f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
                 os._exit(1)
 
@@ -255,6 +258,12 @@ class Ranks(Transport):
             if rank != self.members[self.rank]:
                 self.watches.append(threading.Thread(target=watch, args=(rank,), daemon=True))
                 self.watches[-1].start()
+
+    def end_together(self) -> None:
+        """What comes before the end of all ranks of a team for a reason that all know, and that its first has said by now: none ends while that one speaks."""
+        self.ending = True
+        with suppress(PeerLost):
+            self.gather("said")
 
     def leave(self) -> None:
         """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all."""
