@@ -7,7 +7,6 @@ once and must give the same prediction, bit for bit. The sampler here does not u
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Callable
@@ -18,21 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.full_size import FAMILIES, in_words, machine, make_task, table  # noqa: E402
-from benchmarks.speed import predict  # noqa: E402
-
-ROWS = ("condition", "balanced", "fast", "paper-5", "paper-20")
-
-
-def seconds(run: Callable, repeats: int) -> float:
-    """Median of `repeats` runs after one that does not count."""
-    taken = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return median(taken[1:])
+from benchmarks.speed import predict, show_prediction  # noqa: E402
+from benchmarks.timed import PARTS, runs_of, time_runs  # noqa: E402
+from hybridiff.transport import Mailbox  # noqa: E402
 
 
 def record(run: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -43,7 +30,6 @@ def record(run: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
         for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
@@ -53,37 +39,22 @@ def record(run: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
 @torch.inference_mode()
 def measure(family: str, size: int, repeats: int) -> dict[str, object]:
     """{"plain": seconds of every part of `timed.PARTS`, "graph": the same, "equal": whether whole predictions are}."""
-    task = make_task(family, size, 2, torch.float16, device="cuda")
-    net, cut, told, both = task.denoiser, task.cuts[0], task.conditioning["cond"], task.batch("both")
-    x, t = task.noise.half(), task.sampler.timesteps[:1].cuda()
-    pair, times = x.repeat(2, 1, 1, 1), t.repeat(2)
-    crossing, skips = net.entry(x, t, told, cut)
-    deep = net.inner(crossing, t, told, cut)
-    runs = {
-        "entry": lambda: net.entry(x, t, told, cut), "inner": lambda: net.inner(crossing, t, told, cut),
-        "exit": lambda: net.exit(deep, skips, t, told, cut), "whole": lambda: net(x, t, told), "whole, batch 2": lambda: net(pair, times, both),
-    }  # fmt: skip
-    found = {"plain": {}, "graph": {}, "equal": True}
-    for part, run in runs.items():
-        found["plain"][part] = seconds(run, repeats)
-        graph, result = record(run)
-        found["graph"][part] = seconds(graph.replay, repeats)
-        if part.startswith("whole"):
-            found["equal"] &= torch.equal(run(), result)
+    runs = runs_of(make_task(family, size, 2, torch.float16, device="cuda"))
+    recorded = {part: record(run) for part, run in runs.items()}
+    ways = {"plain": runs, "graph": {part: graph.replay for part, (graph, _) in recorded.items()}}
+    found = {how: {part: median(times[1:]) for part, times in time_runs(by, Mailbox(), repeats + 1, True).items()} for how, by in ways.items()}
+    found["equal"] = all(torch.equal(runs[part](), recorded[part][1]) for part in ("whole", "whole, batch 2"))
     return found
 
 
 def show(family: str, size: int, found: dict[str, object]) -> str:
-    """Milliseconds of the parts, and the speed-ups that two such devices would have over one, both with graphs or both without."""
-    parts = [[part, *(1000 * found[how][part] for how in ("plain", "graph"))] for part in found["plain"]]
-    lines = []
-    for how in ("plain", "graph"):
-        rows = {row: next(iter(links.values())) for row, links in predict(family, size, 50, found[how], False).items()}
-        one = min(rows["serial"], rows["batched"])
-        lines.append([how, one, *(one / rows[row] for row in ROWS)])
+    """Milliseconds of the parts, and the speed-ups that two such devices would have over one, both without graphs or both with them."""
+    parts = [[part, *(1000 * found[how][part] for how in ("plain", "graph"))] for part in PARTS]
     same = "equal" if found["equal"] else "NOT EQUAL"
-    return (f"## {family}, {size} pixels a side; predictions of both ways: {same}\n\n{table(['part', 'plain, ms', 'graph, ms'], parts)}\n\n"
-            f"PREDICTED for two devices, 50 steps: times as fast as one\n\n{table(['', 'one device, s', *ROWS], lines)}\n")  # fmt: skip
+    text = f"## {family}, {size} pixels a side; predictions of both ways: {same}\n\n{table(['part', 'plain, ms', 'graph, ms'], parts)}\n"
+    for how in ("plain", "graph"):
+        text += f"\n{how}: {show_prediction({size: predict(family, size, 50, found[how], False)})}\n"
+    return text
 
 
 def main() -> int:
@@ -105,7 +76,8 @@ def main() -> int:
             args.json.write_text(json.dumps(kept, indent=1) + "\n")
     print(in_words(kept["conditions"]) + "\n")
     for name, found in kept["results"].items():
-        print(show(*name.split()[:1], int(name.split()[1]), found))
+        family, size = name.split()
+        print(show(family, int(size), found))
     return 0
 
 

@@ -22,35 +22,45 @@ from tests.tiny import free_port
 PARTS = ("entry", "inner", "exit", "whole", "whole, batch 2")
 
 
-@torch.inference_mode()
-def time_parts(task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS) -> dict[str, list[float]]:
-    """Seconds of each of the wanted PARTS, `repeats` times. All ranks start each together."""
+def runs_of(task: Task) -> dict[str, Callable]:
+    """What runs each of PARTS under the prompt; "inner" and "exit" take what the last "entry" and "inner" gave."""
     net, cut, told, dtype = task.denoiser, task.cuts[0], task.conditioning["cond"], task.conditioning["cond"].text.dtype
     x, t = task.noise.to(dtype), task.sampler.timesteps[:1].to(task.noise.device)
     both = task.batch("both")
-    seconds: dict[str, list[float]] = {part: [] for part in PARTS if part in wanted}
+    inwards = skips = outwards = None  # what crosses the cut, and what stays
 
-    def clock(part: str, run: Callable):
-        transport.gather(None)
-        if task.noise.is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = run()
-        if task.noise.is_cuda:
-            torch.cuda.synchronize()
-        seconds[part].append(time.perf_counter() - start)
-        return result
+    def entry():
+        nonlocal inwards, skips
+        inwards, skips = net.entry(x, t, told, cut)
 
+    def inner():
+        nonlocal outwards
+        outwards = net.inner(inwards, t, told, cut)
+
+    runs = entry, inner, lambda: net.exit(outwards, skips, t, told, cut), lambda: net(x, t, told), lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both)
+    return dict(zip(PARTS, runs))
+
+
+@torch.inference_mode()
+def time_runs(runs: dict[str, Callable], transport: Transport, repeats: int, cuda: bool) -> dict[str, list[float]]:
+    """Seconds of each run, `repeats` times, one after the other. All ranks start each together."""
+    seconds: dict[str, list[float]] = {part: [] for part in runs}
     for _ in range(repeats):
-        if "inner" in wanted:
-            crossing, skips = clock("entry", lambda: net.entry(x, t, told, cut))
-            crossing = clock("inner", lambda: net.inner(crossing, t, told, cut))
-            clock("exit", lambda: net.exit(crossing, skips, t, told, cut))
-        if "whole" in wanted:
-            clock("whole", lambda: net(x, t, told))
-        if "whole, batch 2" in wanted:
-            clock("whole, batch 2", lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both))
+        for part, run in runs.items():
+            transport.gather(None)
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[part].append(time.perf_counter() - start)
     return seconds
+
+
+def time_parts(task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS) -> dict[str, list[float]]:
+    """Seconds of each of the wanted PARTS, `repeats` times; "entry", "inner" and "exit" are wanted together."""
+    return time_runs({part: run for part, run in runs_of(task).items() if part in wanted}, transport, repeats, task.noise.is_cuda)
 
 
 def warm_parts(task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS) -> dict[str, list[float]]:

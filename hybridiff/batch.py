@@ -96,12 +96,12 @@ class Manifest:
             raise UsageError(f"{self.path} is no manifest of a batch: choose another --out.")
         return lines
 
-    def lines_of(self, batch: str) -> list[dict]:
-        """The pictures' lines. UsageError where the file is another batch's."""
+    def last_lines(self, batch: str) -> dict[int, dict]:
+        """Number of a picture -> its last line. UsageError where the file is another batch's."""
         head, *lines = self.read()
         if head["batch"] != batch:
             raise UsageError(f"{self.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
-        return lines
+        return {line.get("number"): line for line in lines}
 
     def begin(self, head: dict, lines: Sequence[dict]) -> None:
         """Write the file with its first line and the lines that are known already. UsageError where that fails."""
@@ -155,7 +155,7 @@ def begin(
     if transport.rank == 0:
         try:
             if resume and manifest.path.exists():
-                before = {line.get("number"): line for line in manifest.lines_of(batch)}
+                before = manifest.last_lines(batch)
             elif strange and not overwrite:
                 raise UsageError(f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite.")
             else:
@@ -169,7 +169,7 @@ def begin(
         try:
             if transport.rank and not (resume and manifest.path.exists()):
                 manifest.begin(head, [])
-            last = {line.get("number"): line for line in manifest.lines_of(batch)} if resume else {}
+            last = manifest.last_lines(batch) if resume else {}
             failed = {number for number, line in last.items() if line.get("status") == "failed"}
         except UsageError as error:
             problem = str(error)

