@@ -1,9 +1,9 @@
 """Make a picture with one process or with torchrun on two ranks or more.
 
-    torchrun --nproc_per_node=2 train_free_sample.py                       # the SDXL demo, preset `balanced`
-    torchrun --nproc_per_node=2 train_free_sample.py --weights demo-sd3    # the SD3 demo
-    python train_free_sample.py                                            # the same schedule in one process
-    torchrun --nproc_per_node=2 train_free_sample.py --weights sd_xl_base_1.0.safetensors --prompt "a red fox"
+torchrun --nproc_per_node=2 train_free_sample.py                       # the SDXL demo, preset `balanced`
+torchrun --nproc_per_node=2 train_free_sample.py --weights demo-sd3    # the SD3 demo
+python train_free_sample.py                                            # the same schedule in one process
+torchrun --nproc_per_node=2 train_free_sample.py --weights sd_xl_base_1.0.safetensors --prompt "a red fox"
 """
 
 import argparse
@@ -49,7 +49,14 @@ def set_up(transport: Transport, args: argparse.Namespace, device: torch.device)
     transport.open_lanes(device, args.transport)
 
 
-def introduce(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, plan: str, prompt: str = "") -> None:
+def introduce(
+    transport: Transport,
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    plan: str,
+    prompt: str = "",
+) -> None:
     """Say with what the pictures are made, and what was noticed while loading."""
     say(f"{checkpoint.family} from {shown(args.weights)}, {plan}, {device.type}{transport.route}{prompt}")
     for remark in checkpoint.remarks:
@@ -61,7 +68,11 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
     seed, problem, size = args.seed, None, args.team_size
     if transport.rank == 0 and seed is None:
         try:
-            seed = Manifest(args.out).read()[0]["seed"] if args.resume and Manifest(args.out).path.exists() else secrets.randbelow(2**32)
+            seed = (
+                Manifest(args.out).read()[0]["seed"]
+                if args.resume and Manifest(args.out).path.exists()
+                else secrets.randbelow(2**32)
+            )
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
@@ -74,9 +85,13 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
         except UsageError:
             return dict(job.own)  # it will fail at its turn
 
-    manifest, left = begin(jobs, [settings(job) for job in jobs], seed, args.resume, args.overwrite, transport)
+    manifest, left = begin(
+        jobs, [settings(job) for job in jobs], seed, args.resume, args.overwrite, transport
+    )
     if transport.rank == 0:
-        say(f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/")
+        say(
+            f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/"
+        )
     transport.divide(size)
     set_up(transport, args, device)
     if transport.rank == 0 and transport.team == 0:
@@ -98,7 +113,9 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
             problem = str(error)
         except PeerLost:
             raise
-        except Exception as error:  # such as too little memory: the other ranks of the team cannot go on alone
+        except (
+            Exception
+        ) as error:  # such as too little memory: the other ranks of the team cannot go on alone
             problem = in_a_sentence(error, place()[0], transport.step, transport.doing)
             if transport.world > 1:
                 manifest.add(line_of(job, "failed", why=problem))  # --resume makes it last
@@ -111,7 +128,9 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
             seconds = time.monotonic() - start
             if problem is None:
                 manifest.add(line_of(job, "made", seconds=round(seconds, 2), team=transport.team))
-                progress.ended(f"{job.path.name}: {seconds:.1f} s, seed {request.seed}, {job.own['prompt']!r:.60}")
+                progress.ended(
+                    f"{job.path.name}: {seconds:.1f} s, seed {request.seed}, {job.own['prompt']!r:.60}"
+                )
             else:
                 manifest.add(line_of(job, "failed", why=problem))
                 transport.add("failed")
@@ -122,13 +141,22 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
     return 1 if failed else 0
 
 
-def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request, device: torch.device) -> None:
+def sample(
+    transport: Transport, args, checkpoint: Checkpoint, request: Request, device: torch.device
+) -> None:
     """Make the picture and say what happened."""
     set_up(transport, args, device)
     speaks = transport.rank == 0
     ranks = f"{transport.world} ranks" if transport.world > 1 else "one process"
     if speaks:
-        introduce(transport, args, checkpoint, device, f"{numbers(request)} on {ranks}", f': "{shown(request.prompt)}"')
+        introduce(
+            transport,
+            args,
+            checkpoint,
+            device,
+            f"{numbers(request)} on {ranks}",
+            f': "{shown(request.prompt)}"',
+        )
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
     seen: list[StepRecord] = []
 
@@ -165,14 +193,19 @@ def sample(transport: Transport, args, checkpoint: Checkpoint, request: Request,
             say("the switch never came: every step was condition partitioning")
         for line in in_use(result.use):
             say(line)
-        say(f"seconds{' of the slowest rank' if transport.world > 1 else ''}: " + ", ".join(f"{phase} {max(seconds):.2f}" for phase, seconds in result.seconds.items()))
+        say(
+            f"seconds{' of the slowest rank' if transport.world > 1 else ''}: "
+            + ", ".join(f"{phase} {max(seconds):.2f}" for phase, seconds in result.seconds.items())
+        )
         say(f"exact: {report['exact']['words']}")
         say(f"bytes sent: {report['bytes_sent']['total']}")
         say(f"seed: {request.seed}")
         say(f"picture: {args.out}")
 
 
-def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, device: torch.device) -> Result | None:
+def make_serial(
+    transport: Transport, checkpoint: Checkpoint, request: Request, device: torch.device
+) -> Result | None:
     """The same picture by serial on rank 0, None on the others; they hear of every step, so that they do not give up."""
     if transport.rank:
         for _ in range(request.steps):
@@ -185,7 +218,9 @@ def make_serial(transport: Transport, checkpoint: Checkpoint, request: Request, 
             transport.step_done()
             bar.update()
 
-        return generate(checkpoint, replace(request, strategy="serial", balance=False), Mailbox(), device, on_step)
+        return generate(
+            checkpoint, replace(request, strategy="serial", balance=False), Mailbox(), device, on_step
+        )
 
 
 def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | None) -> None:
@@ -193,7 +228,9 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
     if args.decode:
         latents, seed, settings = read_latents(args.decode, checkpoint.config("vae").latent_channels)
         torch.set_num_threads(args.threads)
-        save_picture(decode(checkpoint, latents, choose_device(args.device), args.tiles), args.out, seed, settings)
+        save_picture(
+            decode(checkpoint, latents, choose_device(args.device), args.tiles), args.out, seed, settings
+        )
         say(f"picture: {args.out}")
     elif request is None:
         say(describe(checkpoint, t5=not args.no_t5))
@@ -203,14 +240,39 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
         say(explain(request.strategy, strategy, settings, meta_task(checkpoint, request, args.team_size)))
 
 
-def disagreement(transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request) -> str | None:
+def disagreement(
+    transport: Transport, args: argparse.Namespace, checkpoint: Checkpoint, request: Request
+) -> str | None:
     """A sentence on the first thing in which a rank differs from rank 0 though all must agree; None where nothing does."""
     if transport.world == 1:
         return None
-    each_its_own = ("told", "given", "weights", "text_encoders", "t5_tokenizer", "out", "overwrite", "save_latents", "report", "device", "threads", "timeout", "dtype", "prompts", "team_size", "plans")
+    each_its_own = (
+        "told",
+        "given",
+        "weights",
+        "text_encoders",
+        "t5_tokenizer",
+        "out",
+        "overwrite",
+        "save_latents",
+        "report",
+        "device",
+        "threads",
+        "timeout",
+        "dtype",
+        "prompts",
+        "team_size",
+        "plans",
+    )
     facts = {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "HYBRIDIFF_TRACE": TRACE}
-    facts |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own}
-    facts |= {"the precision": str(request.dtype), "the defaults": repr(replace(request, seed=0)), "the prompts": args.told}
+    facts |= {
+        f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in each_its_own
+    }
+    facts |= {
+        "the precision": str(request.dtype),
+        "the defaults": repr(replace(request, seed=0)),
+        "the prompts": args.told,
+    }
     try:
         facts["the weights"] = checkpoint.digest()
     except WeightsError as error:
@@ -238,7 +300,11 @@ def main() -> int:
         if isinstance(error, KeyboardInterrupt):
             words = "interrupted" if place()[0] == 0 else None
         else:
-            words = str(error) if isinstance(error, PeerLost) else in_a_sentence(error, place()[0], transport.step, transport.doing)
+            words = (
+                str(error)
+                if isinstance(error, PeerLost)
+                else in_a_sentence(error, place()[0], transport.step, transport.doing)
+            )
         if words:
             say(words, error=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":  # also where the ranks have not met
@@ -252,10 +318,15 @@ def run(transport: Transport) -> int:
         prepared, problem = prepare(transport), None
     except (UsageError, WeightsError) as error:
         prepared, problem = None, str(error)
-    asked = next((f"--{name}" for name in ("check", "explain", "decode") if prepared and getattr(prepared[0], name)), "pictures")
+    asked = next(
+        (f"--{name}" for name in ("check", "explain", "decode") if prepared and getattr(prepared[0], name)),
+        "pictures",
+    )
     problems, wishes = zip(*transport.gather((problem, asked)))
     problem = next((said for said in problems if said), None)  # all ranks stop if one must
-    if problem is None and (other := next((rank for rank, wish in enumerate(wishes) if wish != wishes[0]), None)):
+    if problem is None and (
+        other := next((rank for rank, wish in enumerate(wishes) if wish != wishes[0]), None)
+    ):
         problem = f"The ranks disagree about what to do: rank 0 is asked for {wishes[0]}, rank {other} for {wishes[other]}; start all of them alike."
     if problem is not None:
         status = 2

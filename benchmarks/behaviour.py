@@ -32,7 +32,10 @@ def observe(studio: Studio, steps: int) -> dict:
     def make(count: int, guidance: float | None = None) -> tuple[list, list, float]:
         row = Row("serial", "serial", count, count)
         made = [studio.picture(row, studio.task(row, *job, guidance)) for job in jobs]
-        seen = [compare(*studio.drawn[index], image.permute(2, 0, 1) / 127.5 - 1) for (index, _), (image, _) in zip(jobs, made)]
+        seen = [
+            compare(*studio.drawn[index], image.permute(2, 0, 1) / 127.5 - 1)
+            for (index, _), (image, _) in zip(jobs, made)
+        ]
         return [image for image, _ in made], [history for _, history in made], shares(seen)["everything"]
 
     reference, curves, right = make(steps)
@@ -63,9 +66,18 @@ def tell(found: dict, steps: int) -> str:
         f"tau1 by the paper's rule: median {median(taus)}" if taus else "tau1 by the paper's rule: none",
         f"decided by {', '.join(f'{reason} {count}' for reason, count in found['reason'].items())}.",
     ]
-    rows = [[count, "" if at["PSNR"] is None else f"{at['PSNR']:.1f}", f"{at['right']:.0%}"] for count, at in found["steps"].items()]
+    rows = [
+        [count, "" if at["PSNR"] is None else f"{at['PSNR']:.1f}", f"{at['right']:.0%}"]
+        for count, at in found["steps"].items()
+    ]
     scales = [[f"{scale:g}", f"{share:.0%}"] for scale, share in found["guidance"].items()]
-    return "\n".join(words) + "\n\n" + table(["steps", f"PSNR to {steps} steps", "everything right"], rows) + "\n\n" + table(["guidance", "everything right"], scales)
+    return (
+        "\n".join(words)
+        + "\n\n"
+        + table(["steps", f"PSNR to {steps} steps", "everything right"], rows)
+        + "\n\n"
+        + table(["guidance", "everything right"], scales)
+    )
 
 
 def plot(measured: dict[str, dict], path: Path) -> None:
@@ -89,7 +101,9 @@ def plot(measured: dict[str, dict], path: Path) -> None:
         counts = [count for count, at in found["steps"].items() if at["PSNR"] is not None]
         fewer.plot(counts, [found["steps"][count]["PSNR"] for count in counts], marker="o")
         fewer.set(title="fewer steps", xlabel="steps", ylabel=f"PSNR to {len(values)} steps, dB")
-        guided.plot(list(found["guidance"]), [100 * share for share in found["guidance"].values()], marker="o")
+        guided.plot(
+            list(found["guidance"]), [100 * share for share in found["guidance"].values()], marker="o"
+        )
         guided.set(title="guidance", xlabel="scale", ylabel="prompts followed, %", ylim=(0, 105))
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -109,7 +123,9 @@ def main() -> None:
     for family, checkpoint in checkpoints.items():
         studio = Studio(checkpoint, args.prompts, [args.seed])
         measured[family] = observe(studio, args.steps)
-        print(f"\n## {family}, guidance {studio.guidance:g}\n\n{tell(measured[family], args.steps)}", flush=True)
+        print(
+            f"\n## {family}, guidance {studio.guidance:g}\n\n{tell(measured[family], args.steps)}", flush=True
+        )
     if args.json:
         args.json.write_text(json.dumps({"conditions": conditions, "results": measured}, indent=1) + "\n")
     if args.plot:

@@ -26,7 +26,10 @@ ALSO_PUBLISHED = {  # of the same table, for scale
     "sdxl": {"DistriFusion": 0.525 * GIB, "AsyncDiff, stride 1": 9.830 * GIB},
     "sd3": {"AsyncDiff, stride 1": 1.290 * GIB, "xDiT ring": 121.646 * GIB, "ParaStep": 0.032 * GIB},
 }
-TARGETS = {("sdxl", "paper-5"): 0.04e9, ("sd3", "paper-5"): 0.12e9}  # at most, bytes, under the default conditions
+TARGETS = {
+    ("sdxl", "paper-5"): 0.04e9,
+    ("sd3", "paper-5"): 0.12e9,
+}  # at most, bytes, under the default conditions
 ROWS = ("condition", "balanced", *(f"paper-{k}" for k in intervals(50)))
 KINDS = ("prediction", "keys", "entry", "inner", "discrepancy")
 
@@ -71,7 +74,9 @@ def main() -> int:
     for family, rows in results.items():
         for row, result in rows.items():
             first, last = (result.get(f"{which} pipelined step") for which in ("first", "last"))
-            target, published = (known.get((family, row)) if usual else None for known in (TARGETS, PUBLISHED))
+            target, published = (
+                known.get((family, row)) if usual else None for known in (TARGETS, PUBLISHED)
+            )
             result |= {"target": target, "published": published}
             within = target is None or result["bytes"] <= target
             met &= within
@@ -82,9 +87,17 @@ def main() -> int:
             told = f"{result['bytes'] / 1e9:.4f}", f"{result['ideal speed-up']:.2f}"
             lines.append([family, row, steps, *kinds, *told, verdict, paper])
     kinds = [f"{kind}, bytes" for kind in KINDS]
-    print(table(["model", "row", "pipelined steps", *kinds, "GB", "ideal speed-up", "at most", "paper, GB"], lines))
+    print(
+        table(
+            ["model", "row", "pipelined steps", *kinds, "GB", "ideal speed-up", "at most", "paper, GB"], lines
+        )
+    )
     if usual:
-        others = [[family, name, value / 1e9] for family, known in ALSO_PUBLISHED.items() for name, value in known.items()]
+        others = [
+            [family, name, value / 1e9]
+            for family, known in ALSO_PUBLISHED.items()
+            for name, value in known.items()
+        ]
         print("\nOther methods as the paper's Table 1 (arXiv 2602.21760) has them\n")
         print(table(["model", "method", "GB"], others))
     if args.json:

@@ -35,7 +35,9 @@ def time_both(transport: Transport, sizes: list[int], repeats: int) -> dict[int,
     checkpoint = SimpleNamespace(load=lambda *part, **how: vae)  # all that `decode` asks of one
     found = {}
     for size in sizes:
-        coarse = torch.randn(1, vae.config.latent_channels, 6, 6, generator=torch.Generator().manual_seed(SEED))
+        coarse = torch.randn(
+            1, vae.config.latent_channels, 6, 6, generator=torch.Generator().manual_seed(SEED)
+        )
         latents = F.interpolate(coarse, (size // FACTOR, size // FACTOR), mode="bicubic")
         seconds, images = {"alone": [], "together": []}, {}
         for _ in range(repeats + 1):  # the first does not count
@@ -43,7 +45,12 @@ def time_both(transport: Transport, sizes: list[int], repeats: int) -> dict[int,
                 transport.gather(None)
                 start = time.perf_counter()
                 if way == "together" or transport.rank == 0:
-                    images[way] = decode(checkpoint, latents, torch.device("cpu"), transport=transport if way == "together" else None)
+                    images[way] = decode(
+                        checkpoint,
+                        latents,
+                        torch.device("cpu"),
+                        transport=transport if way == "together" else None,
+                    )
                 seconds[way].append(time.perf_counter() - start)
         found[size] = {way: median(times[1:]) for way, times in seconds.items()}
         if transport.rank == 0:
@@ -52,16 +59,29 @@ def time_both(transport: Transport, sizes: list[int], repeats: int) -> dict[int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="pixels a side, from the least that ranks share")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[512, 1024],
+        help="pixels a side, from the least that ranks share",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if any(size % FACTOR or size**2 < WORTH_SPLITTING for size in args.size):
-        parser.error(f"--size: give multiples of {FACTOR} from {WORTH_SPLITTING**0.5:g} on, below which ranks do not share a picture.")
+        parser.error(
+            f"--size: give multiples of {FACTOR} from {WORTH_SPLITTING**0.5:g} on, below which ranks do not share a picture."
+        )
     found = on_ranks(2, time_both, args.size, args.repeats)[0]
     conditions = machine() | {"dtype": "float32", "threads a rank": 1, "repeats": args.repeats}
-    rows = [[size, told["alone"], told["together"], told["alone"] / told["together"], told["PSNR"]] for size, told in found.items()]
+    rows = [
+        [size, told["alone"], told["together"], told["alone"] / told["together"], told["PSNR"]]
+        for size, told in found.items()
+    ]
     print(in_words(conditions))
     print("\n" + table(["pixels a side", "alone, s", "together, s", "times as fast", "PSNR, dB"], rows))
     if args.json:

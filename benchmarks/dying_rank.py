@@ -13,7 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-STEPS = {"warm-up": 2, "switch": 4, "pipeline": 6, "last stage": 9}  # of 12 with --cap 4 --interval 3: steps 4 to 7 are the middle stage
+STEPS = {
+    "warm-up": 2,
+    "switch": 4,
+    "pipeline": 6,
+    "last stage": 9,
+}  # of 12 with --cap 4 --interval 3: steps 4 to 7 are the middle stage
 PLACES = ("start", "meeting", "text", "load", *STEPS, "decode", "save")
 HOWS = ("kill", "term", "stop", "exception", "memory", "gpu memory", "allocate", "wait")
 
@@ -31,7 +36,10 @@ def die(how: str, mark: Path) -> None:
         time.sleep(60)
     if how == "allocate":
         torch.empty(2**55, dtype=torch.uint8)
-    raise {"memory": MemoryError(), "gpu memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")}.get(how, KeyError("made for a test"))
+    raise {
+        "memory": MemoryError(),
+        "gpu memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    }.get(how, KeyError("made for a test"))
 
 
 def arm(place: str, how: str, mark: Path) -> None:
@@ -67,7 +75,11 @@ def arm(place: str, how: str, mark: Path) -> None:
     elif place == "save":
         before(os, "link")
     if place in ("decode", "save"):  # the ranks that do neither wait for rank 0 there
-        before(hybridiff.transport.Ranks, "gather", lambda transport, *rest: transport.rank > 0 and transport.doing == place)
+        before(
+            hybridiff.transport.Ranks,
+            "gather",
+            lambda transport, *rest: transport.rank > 0 and transport.doing == place,
+        )
 
 
 def main() -> int:

@@ -59,7 +59,11 @@ def ssim(a: Tensor, b: Tensor) -> float:
     line = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2)).double()
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
     mx, my = F.conv2d(x, window), F.conv2d(y, window)
-    xx, yy, xy = F.conv2d(x * x, window) - mx**2, F.conv2d(y * y, window) - my**2, F.conv2d(x * y, window) - mx * my
+    xx, yy, xy = (
+        F.conv2d(x * x, window) - mx**2,
+        F.conv2d(y * y, window) - my**2,
+        F.conv2d(x * y, window) - mx * my,
+    )
     c1, c2 = 0.01**2, 0.03**2
     return (((2 * mx * my + c1) * (2 * xy + c2)) / ((mx**2 + my**2 + c1) * (xx + yy + c2))).mean().item()
 
@@ -82,7 +86,9 @@ class Studio:
     def task(self, row: Row, index: int, seed: int, guidance: float | None = None) -> Task:
         """What there is to do for one picture."""
         family, vae = self.checkpoint.family, self.checkpoint.config("vae")
-        noise = draw_noise(vae.latent_channels, self.height // vae.factor, self.width // vae.factor, 1000 * seed + index)
+        noise = draw_noise(
+            vae.latent_channels, self.height // vae.factor, self.width // vae.factor, 1000 * seed + index
+        )
         sampler = make_sampler(family, row.sampler, row.steps, self.checkpoint.defaults.get("shift", 3.0))
         cut = strategies(family)[row.strategy].cuts(self.denoiser)
         return Task(self.denoiser, cut, sampler, self.told[index], guidance or self.guidance, noise)
@@ -96,14 +102,19 @@ class Studio:
 
     def cost(self, row: Row, task: Task, history: list[float | None]) -> float:
         """Ideal cost of a picture in evaluations of the network, with the discrepancies that decided over its stages."""
-        strategy, settings = strategies(self.checkpoint.family)[row.strategy], Settings(row.steps, row.rule, row.reuse)
+        strategy, settings = (
+            strategies(self.checkpoint.family)[row.strategy],
+            Settings(row.steps, row.rule, row.reuse),
+        )
         plans = [strategy.plan(step, history[:step], settings) for step in range(row.steps)]
         return length(timeline(plans, self.costs(task)))
 
     def costs(self, task: Task) -> dict[str, float]:
         """Shares of the network's parts at this cut, counted once, on the meta device."""
         if task.cuts not in self.shares:
-            self.shares[task.cuts] = part_costs(replace(task, denoiser=self.checkpoint.part("denoiser").module))
+            self.shares[task.cuts] = part_costs(
+                replace(task, denoiser=self.checkpoint.part("denoiser").module)
+            )
         return self.shares[task.cuts]
 
     def reference(self, row: Row) -> list[Tensor]:
@@ -152,7 +163,9 @@ class Results:
         if path and path.exists():
             kept = json.loads(path.read_text())
             if kept["conditions"] != conditions:
-                sys.exit(f"{path} holds results of other conditions: give another --json, or the same options as then.")
+                sys.exit(
+                    f"{path} holds results of other conditions: give another --json, or the same options as then."
+                )
             self.found = kept["rows"]
 
     def get(self, studio: Studio, row: Row) -> dict[str, float]:
@@ -179,9 +192,14 @@ def line(row: Row, found: dict[str, float]) -> list[object]:
 
 def parser_of(words: str) -> argparse.ArgumentParser:
     """The options that both benchmarks of fidelity have."""
-    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=words, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--family", nargs="+", choices=("sdxl", "sd3"), default=["sdxl", "sd3"])
-    parser.add_argument("--weights", help="another checkpoint than the demos, made for the same prompts; its family is the only one then")
+    parser.add_argument(
+        "--weights",
+        help="another checkpoint than the demos, made for the same prompts; its family is the only one then",
+    )
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="chooses the prompts and the noise")
     parser.add_argument("--steps", type=int, default=50)
@@ -192,14 +210,23 @@ def parser_of(words: str) -> argparse.ArgumentParser:
 
 def checkpoints_of(args: argparse.Namespace) -> dict[str, Checkpoint]:
     """Family -> checkpoint: the demos of the families asked for, or the one that was given."""
-    given = [open_checkpoint(name) for name in ([args.weights] if args.weights else [f"demo-{family}" for family in args.family])]
+    given = [
+        open_checkpoint(name)
+        for name in ([args.weights] if args.weights else [f"demo-{family}" for family in args.family])
+    ]
     return {checkpoint.family: checkpoint for checkpoint in given}
 
 
-def conditions_of(args: argparse.Namespace, checkpoints: dict[str, Checkpoint], **more: object) -> dict[str, object]:
+def conditions_of(
+    args: argparse.Namespace, checkpoints: dict[str, Checkpoint], **more: object
+) -> dict[str, object]:
     """What the figures depend on."""
     digests = {family: checkpoint.digest()[:12] for family, checkpoint in checkpoints.items()}
-    return machine() | {"prompts": args.prompts, "seed": args.seed, "dtype": "float32", "weights": digests} | more
+    return (
+        machine()
+        | {"prompts": args.prompts, "seed": args.seed, "dtype": "float32", "weights": digests}
+        | more
+    )
 
 
 def main() -> None:
@@ -208,7 +235,9 @@ def main() -> None:
     checkpoints = checkpoints_of(args)
     results = Results(args.json, conditions_of(args, checkpoints, steps=args.steps))
     print(in_words(results.conditions))
-    print("\nPSNR and SSIM are those against `serial` with all steps; an equal picture counts as 100 dB. Speed-ups are ideal, over `serial`.")
+    print(
+        "\nPSNR and SSIM are those against `serial` with all steps; an equal picture counts as 100 dB. Speed-ups are ideal, over `serial`."
+    )
     for family, checkpoint in checkpoints.items():
         studio = Studio(checkpoint, args.prompts, [args.seed])
         rows = [Row(name, name, args.steps, args.steps) for name in ("serial", "batched", "condition")]
@@ -217,8 +246,13 @@ def main() -> None:
             steps = fewer(results.get(studio, rows[-1])["speed-up"], args.steps)
             rows.append(Row(f"condition, {steps} steps", "condition", steps, args.steps))
         found = [results.get(studio, row) for row in rows]
-        lines = [[*line(row, got), *(percent(got["attributes"][name]) for name in QUESTIONS)] for row, got in zip(rows, found)]
-        print(f"\n## {family}, guidance {studio.guidance:g}\n\n{table([*HEAD, *QUESTIONS], lines)}", flush=True)
+        lines = [
+            [*line(row, got), *(percent(got["attributes"][name]) for name in QUESTIONS)]
+            for row, got in zip(rows, found)
+        ]
+        print(
+            f"\n## {family}, guidance {studio.guidance:g}\n\n{table([*HEAD, *QUESTIONS], lines)}", flush=True
+        )
 
 
 if __name__ == "__main__":

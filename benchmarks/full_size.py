@@ -63,19 +63,27 @@ def map_weights(net: nn.Module, path: Path, dtype: torch.dtype) -> None:
         places[name] = total
         total += -(-tensor.numel() // 64) * 64  # each begins at a whole cache line
     flat = torch.from_file(str(path), shared=True, size=total, dtype=dtype)
-    views = {name: flat[places[name] :][: tensor.numel()].view(tensor.shape) for name, tensor in net.state_dict().items()}
+    views = {
+        name: flat[places[name] :][: tensor.numel()].view(tensor.shape)
+        for name, tensor in net.state_dict().items()
+    }
     net.load_state_dict(views, assign=True)
     if new:
         with torch.no_grad():
             fill(net)
 
 
-def texts(family: str, config: UNetConfig | MMDiTConfig, size: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """"cond" and "uncond" -> random text (1, L, context width) and pooled text (1, width)."""
+def texts(
+    family: str, config: UNetConfig | MMDiTConfig, size: int, dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """ "cond" and "uncond" -> random text (1, L, context width) and pooled text (1, width)."""
     generator = torch.Generator().manual_seed(SEED)
     pooled = config.vector_width - 6 * size_width(config) if family == "sdxl" else config.pooled_width
     shapes = (1, TOKENS[family], config.context_width), (1, pooled)
-    return {text: tuple(torch.randn(s, generator=generator).to(dtype) for s in shapes) for text in ("cond", "uncond")}
+    return {
+        text: tuple(torch.randn(s, generator=generator).to(dtype) for s in shapes)
+        for text in ("cond", "uncond")
+    }
 
 
 def make_task(
@@ -99,13 +107,17 @@ def make_task(
     if family == "sdxl":  # pooled text, then the six sizes
         sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)
         sizes = sinusoid(sizes, size_width(config)).flatten(1).to(dtype)
-        told = {text: UNetConditioning(t, torch.cat([pooled, sizes], 1)) for text, (t, pooled) in told.items()}
+        told = {
+            text: UNetConditioning(t, torch.cat([pooled, sizes], 1)) for text, (t, pooled) in told.items()
+        }
     else:
         told = {text: MMDiTConditioning(*pair) for text, pair in told.items()}
     told = {text: type(value)(*(t.to(device) for t in value)) for text, value in told.items()}
     channels = config.in_channels if family == "sdxl" else config.latent_channels
     noise = draw_noise(channels, size // FACTOR, size // FACTOR, SEED).to(device)
-    return Task(net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
+    return Task(
+        net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise
+    )
 
 
 def intervals(steps: int) -> list[int]:
@@ -118,7 +130,9 @@ def with_interval(rule: SwitchRule, steps: int, k: int) -> SwitchRule:
     return replace(rule, interval=k, cap=max(1, min(rule.cap, steps - k - 1)))
 
 
-def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False) -> tuple[Strategy, Settings]:
+def row_plan(
+    family: str, row: str, steps: int, ranks: int | None = None, tiny: bool = False
+) -> tuple[Strategy, Settings]:
     """The strategy, on its usual number of ranks or another, and settings of a row: "serial", "batched", "condition", "paper-K", a preset of ours, or
     "step-extrapolation-N", "inner-reuse-N" or "guided-pipeline-N" with N saved steps.
 
@@ -131,7 +145,12 @@ def row_plan(family: str, row: str, steps: int, ranks: int | None = None, tiny: 
     elif name in SHARES:
         settings = Settings(steps, reuse=replace(usual_reuse(steps, 0.0), count=int(number)))
     else:
-        settings = Settings(steps, with_interval(SwitchRule(window=steps + 1, slope=0.0, cap=PAPER_RULES[family].cap), steps, int(number)))
+        settings = Settings(
+            steps,
+            with_interval(
+                SwitchRule(window=steps + 1, slope=0.0, cap=PAPER_RULES[family].cap), steps, int(number)
+            ),
+        )
     strategy = strategies(family)[name]
     return strategy.on(ranks or strategy.ranks, (TINY if tiny else FULL)[family]), settings
 
@@ -150,6 +169,7 @@ def machine() -> dict[str, object]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table in markdown; floats with three digits after the point, None as nothing."""
+
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 

@@ -24,13 +24,44 @@ import train_free_sample  # noqa: E402
 from benchmarks.full_size import in_words, machine, table  # noqa: E402
 
 SCRIPT = ROOT / "train_free_sample.py"
-NUMBERS = ["nan", "inf", "-inf", "1e9", "-1e9", "1e-300", "1e400", "0", "-0.0", "1", "0.999", "٣", "1_0", "five", "", "0x10", "9" * 400, "9" * 6000]
+NUMBERS = [
+    "nan",
+    "inf",
+    "-inf",
+    "1e9",
+    "-1e9",
+    "1e-300",
+    "1e400",
+    "0",
+    "-0.0",
+    "1",
+    "0.999",
+    "٣",
+    "1_0",
+    "five",
+    "",
+    "0x10",
+    "9" * 400,
+    "9" * 6000,
+]
 SIZES = ["8", "16", "24", "64", "0", "-8", "1", "7", "9", "65536", "65544", "1000000000000", "9" * 30]
 TEXTS = [
     "a red circle", "", " ", "\x1b[31mred\x07\x08", "line\nline\r\ttab", "a" * 100_000, "🟥 ◯ 円 " * 300, "e\u0301\u202e\ufeff", "<script>\"'&amp;",
     "half \ud800 a pair", "byte \udcff", "\x7f\x01\x02", "--steps", "%s {0} $HOME `id`", "\u2028 \u0085",
 ]  # fmt: skip
-PATHS = ["a.png", "ü 円.png", "byte \udcff.png", "new\nline.png", "\x1b[31m.png", "none/a.png", ".", "", "/dev/null/a.png", "n" * 300, "p" * 5000 + ".png"]
+PATHS = [
+    "a.png",
+    "ü 円.png",
+    "byte \udcff.png",
+    "new\nline.png",
+    "\x1b[31m.png",
+    "none/a.png",
+    ".",
+    "",
+    "/dev/null/a.png",
+    "n" * 300,
+    "p" * 5000 + ".png",
+]
 SETTINGS = {
     "--weights": ["demo-sdxl", "demo-sd3", "demo-sd3", "none", "", ".", "/dev/null", "\udcff", "w" * 5000],
     "--prompt": TEXTS, "--negative-prompt": TEXTS,
@@ -46,7 +77,16 @@ SETTINGS = {
     "--threads": ["1", "0", *NUMBERS], "--timeout": ["60", "0", *NUMBERS], "--transport": ["auto", "gloo", "nccl", "smoke"], "--out": PATHS,
     "--save-latents": PATHS, "--report": ["r", "\udcff", "none/r", "/dev/null/r", "r" * 300, ""], "--decode": PATHS,
 }  # fmt: skip
-FLAGS = ["--tiles", "--overwrite", "--compare-serial", "--no-t5", "--explain", "--check", "--unknown", "extra"]
+FLAGS = [
+    "--tiles",
+    "--overwrite",
+    "--compare-serial",
+    "--no-t5",
+    "--explain",
+    "--check",
+    "--unknown",
+    "extra",
+]
 
 
 def draw(rng: random.Random, torchrun: bool) -> list[str]:
@@ -63,7 +103,11 @@ def draw(rng: random.Random, torchrun: bool) -> list[str]:
     if "--decode" in given and rng.random() < 0.5:  # the base has no part in it
         for name in ("--steps", "--height", "--width"):
             given.pop(name)
-    line = [part for name, value in given.items() for part in ([f"{name}={value}"] if rng.random() < 0.5 or value.startswith("-") else [name, value])]
+    line = [
+        part
+        for name, value in given.items()
+        for part in ([f"{name}={value}"] if rng.random() < 0.5 or value.startswith("-") else [name, value])
+    ]
     line += rng.sample(FLAGS, 1) if rng.random() < 0.3 else []
     if torchrun:  # what a command line can carry
         line = [part.replace("\ud800", "\udc80") for part in line]
@@ -88,8 +132,17 @@ def in_process(line: list[str]) -> tuple[int, str, str]:
 
 def by_torchrun(line: list[str]) -> tuple[int, str, str]:
     """The same on two ranks."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
-    ran = subprocess.run([*launch, *line], capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(SCRIPT),
+    ]
+    ran = subprocess.run(
+        [*launch, *line], capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     return ran.returncode, ran.stdout.decode(errors="replace"), ran.stderr.decode(errors="replace")
 
 
@@ -111,16 +164,24 @@ def try_line(line: list[str], torchrun: bool) -> dict:
 def judge(line: list[str], status: int, out: str, err: str, folder: Path) -> str:
     """What is wrong with an end; "" where nothing is."""
     said = [line for line in err.replace("\r", "\n").splitlines() if "train_free_sample.py: " in line]
-    wrong = ["an error of ours"] if f'File "{ROOT}' in err or any(" failed: " in line for line in said) else []  # torchrun has a traceback of its own
+    wrong = (
+        ["an error of ours"] if f'File "{ROOT}' in err or any(" failed: " in line for line in said) else []
+    )  # torchrun has a traceback of its own
     made = [line.removeprefix("picture: ") for line in out.splitlines() if line.startswith("picture: ")]
-    pictures = [path for path in folder.rglob("*") if path.is_file() and path.read_bytes().startswith(b"\x89PNG")]
+    pictures = [
+        path for path in folder.rglob("*") if path.is_file() and path.read_bytes().startswith(b"\x89PNG")
+    ]
     if status == 0 and said:
         wrong.append("a sentence, but status 0")
     if status == 0 and not made and not {"--check", "--explain"} & {*line}:
         wrong.append("no picture, but status 0")
     if status == 0 and made:
         picture = Image.open(*pictures) if len(pictures) == 1 else None
-        if picture is None or "prompt" not in picture.text or "seed" not in json.loads(picture.text["settings"]) | picture.text:
+        if (
+            picture is None
+            or "prompt" not in picture.text
+            or "seed" not in json.loads(picture.text["settings"]) | picture.text
+        ):
             wrong.append("no whole picture")
         else:
             picture.load()
@@ -136,7 +197,9 @@ def judge(line: list[str], status: int, out: str, err: str, folder: Path) -> str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--torchrun", action="store_true", help="on two ranks under torchrun")
@@ -151,7 +214,12 @@ def main() -> int:
     counts = {"lines": len(found), "pictures": sum(result["picture"] for result in found), "wrong": len(bad),
               "longest, s": round(max(result["seconds"] for result in found), 1)}  # fmt: skip
     print(in_words(machine() | counts | {"seed": args.seed}))
-    print(table(["line", "status", "verdict", "sentence"], [[r["line"][:120], r["status"], r["wrong"], r["said"][:150]] for r in bad]))
+    print(
+        table(
+            ["line", "status", "verdict", "sentence"],
+            [[r["line"][:120], r["status"], r["wrong"], r["said"][:150]] for r in bad],
+        )
+    )
     if args.json:
         args.json.write_text(json.dumps({"conditions": machine(), "results": found}, indent=1) + "\n")
     return 1 if bad else 0

@@ -31,7 +31,9 @@ def peak_bytes() -> int:
 
 def main() -> int:
     """Runs the fuzz, prints a table; exit status 1 if any file failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=2000, help="files, half of each family")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=10.0, help="the longest that one file may take")
@@ -69,8 +71,10 @@ def main() -> int:
     for mutation in MUTATIONS:
         name = mutation.__name__
         print(f"{name:<14} loaded {loaded[name]:>5}   refused {refused[name]:>5}")
-    print(f"{args.count} files, {len(failures)} failures, slowest {slowest:.2f} s,"
-          f" memory grew by {grown / 1e6:.1f} MB (largest whole file {largest / 1e6:.1f} MB)")
+    print(
+        f"{args.count} files, {len(failures)} failures, slowest {slowest:.2f} s,"
+        f" memory grew by {grown / 1e6:.1f} MB (largest whole file {largest / 1e6:.1f} MB)"
+    )
     print("\n".join(failures[:20]))
     return 1 if failures or grown > largest + 50e6 else 0
 

@@ -24,7 +24,9 @@ from hybridiff.transport import Mailbox  # noqa: E402
 
 def record(run: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
     """A graph of what `run` starts, and the result, which every replay writes anew."""
-    side = torch.cuda.Stream()  # cuBLAS and cuDNN make their choices here, which may not happen while recording
+    side = (
+        torch.cuda.Stream()
+    )  # cuBLAS and cuDNN make their choices here, which may not happen while recording
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -42,7 +44,10 @@ def measure(family: str, size: int, repeats: int) -> dict[str, object]:
     runs = runs_of(make_task(family, size, 2, torch.float16, device="cuda"))
     recorded = {part: record(run) for part, run in runs.items()}
     ways = {"plain": runs, "graph": {part: graph.replay for part, (graph, _) in recorded.items()}}
-    found = {how: {part: median(times[1:]) for part, times in time_runs(by, Mailbox(), repeats + 1, True).items()} for how, by in ways.items()}
+    found = {
+        how: {part: median(times[1:]) for part, times in time_runs(by, Mailbox(), repeats + 1, True).items()}
+        for how, by in ways.items()
+    }
     found["equal"] = all(torch.equal(runs[part](), recorded[part][1]) for part in ("whole", "whole, batch 2"))
     return found
 
@@ -58,19 +63,31 @@ def show(family: str, size: int, found: dict[str, object]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024], help="pixels a side, multiples of 32")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results go; with --show, where they come from")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where the results go; with --show, where they come from"
+    )
     parser.add_argument("--show", action="store_true", help="measure nothing, print what --json FILE holds")
     args = parser.parse_args()
     if args.show:
-        kept = json.loads(args.json.read_text()) if args.json and args.json.is_file() else parser.error("--show: give --json FILE too, a file that this script wrote.")
+        kept = (
+            json.loads(args.json.read_text())
+            if args.json and args.json.is_file()
+            else parser.error("--show: give --json FILE too, a file that this script wrote.")
+        )
     elif not torch.cuda.is_available():
         parser.error("there is no CUDA device here.")
     else:
         pairs = [(family, size) for family in FAMILIES for size in args.sizes]
-        kept = {"conditions": machine() | {"CUDA device": f"{torch.cuda.get_device_name()}, float16", "repeats": args.repeats}, "results": {}}
+        kept = {
+            "conditions": machine()
+            | {"CUDA device": f"{torch.cuda.get_device_name()}, float16", "repeats": args.repeats},
+            "results": {},
+        }
         kept["results"] = {f"{family} {size}": measure(family, size, args.repeats) for family, size in pairs}
         if args.json:
             args.json.write_text(json.dumps(kept, indent=1) + "\n")

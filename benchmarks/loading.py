@@ -42,7 +42,9 @@ def write_file(path: Path) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < sum(sizes.values()) + 2**30:
         needed = sum(sizes.values()) / 1e9
-        sys.exit(f"{path.parent} has {free / 1e9:.1f} GB free and {needed + 1:.1f} are needed: give another --dir.")
+        sys.exit(
+            f"{path.parent} has {free / 1e9:.1f} GB free and {needed + 1:.1f} are needed: give another --dir."
+        )
     header, end = {}, 0
     for name, (dtype, shape) in wanted.items():
         begin, end = end, end + sizes[name]
@@ -145,7 +147,9 @@ def run(child: str, path: Path, dtype: str, count: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", type=Path, required=True, help="folder for the file of 6.9 GB, which stays there")
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="folder for the file of 6.9 GB, which stays there"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the networks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--child", choices=("read", "place", "load"), help=argparse.SUPPRESS)
@@ -153,7 +157,11 @@ def main() -> None:
     torch.set_num_threads(1)
     path = args.dir / NAME
     if args.child:
-        result, kept = (read_once(path), None) if args.child == "read" else load(path, DTYPES[args.dtype], args.child == "load")
+        result, kept = (
+            (read_once(path), None)
+            if args.child == "read"
+            else load(path, DTYPES[args.dtype], args.child == "load")
+        )
         print(json.dumps(result), flush=True)
         if args.child != "read":
             sys.stdin.readline()  # stay until the others were measured
@@ -172,12 +180,26 @@ def main() -> None:
         "threads a process": 1,
     }  # fmt: skip
     print("; ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in conditions.items()))
-    keys = ["read", "opened", "text encoders done", "denoiser ready", "denoiser touched", "cpu", "peak with text encoders"]
+    keys = [
+        "read",
+        "opened",
+        "text encoders done",
+        "denoiser ready",
+        "denoiser touched",
+        "cpu",
+        "peak with text encoders",
+    ]
     keys += ["peak", "resident", "proportional", "own", "anonymous"]
-    print("\nSeconds since the start, then GB\n\n| | " + " | ".join(keys) + " |\n|" + " --- |" * (len(keys) + 1))
+    print(
+        "\nSeconds since the start, then GB\n\n| | " + " | ".join(keys) + " |\n|" + " --- |" * (len(keys) + 1)
+    )
     for name, results in rows:
         for result in results:
-            print(f"| {name} | " + " | ".join(f"{result[key]:.2f}" if key in result else "" for key in keys) + " |")
+            print(
+                f"| {name} | "
+                + " | ".join(f"{result[key]:.2f}" if key in result else "" for key in keys)
+                + " |"
+            )
     if args.json:
         args.json.write_text(json.dumps({"conditions": conditions, "results": dict(rows)}, indent=1))
 

@@ -27,8 +27,16 @@ def cell(results: Results, studio: Studio, name: str, sampler: str, steps: int) 
     if not reuse.count:
         return "0"
     where = f"guidance {studio.guidance:g}, {sampler}"
-    ours = Row(f"{reuse.count} saved, {where}", PRESETS[name].strategy, steps, steps, reuse=reuse, sampler=sampler)
-    ruler = Row(f"condition, {steps - reuse.count} steps, {where}", "condition", steps - reuse.count, steps, sampler=sampler)
+    ours = Row(
+        f"{reuse.count} saved, {where}", PRESETS[name].strategy, steps, steps, reuse=reuse, sampler=sampler
+    )
+    ruler = Row(
+        f"condition, {steps - reuse.count} steps, {where}",
+        "condition",
+        steps - reuse.count,
+        steps,
+        sampler=sampler,
+    )
     ours, ruler = (results.get(studio, row) for row in (ours, ruler))
     return f"{reuse.count}: {ours['PSNR']:.1f} / {ours['worst PSNR']:.1f} ({ruler['PSNR']:.1f} / {ruler['worst PSNR']:.1f})"
 
@@ -48,8 +56,17 @@ def main() -> None:
             for steps in (args.steps,) if args.steps else STEPS:
                 for guidance in GUIDANCES:
                     studio.guidance = guidance
-                    lines.append([steps, f"{guidance:g}", *(cell(results, studio, name, sampler, steps) for name in ("balanced", "fast"))])
-            print(f"\n## {family}, {sampler}\n\n{table(('steps', 'guidance', 'balanced', 'fast'), lines)}", flush=True)
+                    lines.append(
+                        [
+                            steps,
+                            f"{guidance:g}",
+                            *(cell(results, studio, name, sampler, steps) for name in ("balanced", "fast")),
+                        ]
+                    )
+            print(
+                f"\n## {family}, {sampler}\n\n{table(('steps', 'guidance', 'balanced', 'fast'), lines)}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

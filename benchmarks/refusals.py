@@ -53,13 +53,21 @@ def damaged(folder: Path) -> dict[str, Path]:
         "a pickle": raw("e.safetensors", b"\x80\x02}q\x00."),
         "a zip of PyTorch": raw("f.ckpt", b"PK\x03\x04" + b"\0" * 99),
         "a header of a terabyte": raw("g.safetensors", (2**40).to_bytes(8, "little") + b"{}" * 50),
-        "a missing tensor": tensors("h.safetensors", {key: value for key, value in whole.items() if key != first}),
-        "a tensor too many": tensors("i.safetensors", whole | {"model.diffusion_model.extra.weight": whole[first].clone()}),
+        "a missing tensor": tensors(
+            "h.safetensors", {key: value for key, value in whole.items() if key != first}
+        ),
+        "a tensor too many": tensors(
+            "i.safetensors", whole | {"model.diffusion_model.extra.weight": whole[first].clone()}
+        ),
         "a wrong shape": tensors("j.safetensors", whole | {first: whole[first][:1].clone()}),
         "whole numbers for weights": tensors("k.safetensors", whole | {first: whole[first].to(torch.int32)}),
-        "parts of two families": tensors("l.safetensors", other | {key: value for key, value in whole.items() if "diffusion_model" in key}),
+        "parts of two families": tensors(
+            "l.safetensors", other | {key: value for key, value in whole.items() if "diffusion_model" in key}
+        ),
         "a LoRA": tensors("m.safetensors", {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(4, 4)}),
-        "an autoencoder alone": tensors("n.safetensors", {key: value for key, value in whole.items() if "first_stage" in key}),
+        "an autoencoder alone": tensors(
+            "n.safetensors", {key: value for key, value in whole.items() if "first_stage" in key}
+        ),
         "a Flux model": tensors("o.safetensors", {"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}),
         "an empty folder": folder / "empty",
     }
@@ -75,9 +83,18 @@ def damaged(folder: Path) -> dict[str, Path]:
 def refuse(options: list[str], folder: Path) -> dict:
     """What torchrun says and how long it takes."""
     before = sorted(path.name for path in folder.iterdir())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(SCRIPT),
+    ]
     start = time.monotonic()
-    ran = subprocess.run([*launch, *options, "--out", str(folder / "picture.png")], capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        [*launch, *options, "--out", str(folder / "picture.png")], capture_output=True, text=True, timeout=300
+    )
     seconds = time.monotonic() - start
     said = [line for line in ran.stderr.splitlines() if line.startswith("train_free_sample.py: ")]
     codes = re.findall(r"exitcode  : (-?\d+)", ran.stderr)
@@ -90,11 +107,17 @@ def refuse(options: list[str], folder: Path) -> dict:
         wrong.append("a traceback")
     if sorted(path.name for path in folder.iterdir()) != before:
         wrong.append("something written")
-    return {"seconds": seconds, "said": said[0].partition(": ")[2].replace(str(folder), "...") if said else "", "wrong": ", ".join(wrong)}
+    return {
+        "seconds": seconds,
+        "said": said[0].partition(": ")[2].replace(str(folder), "...") if said else "",
+        "wrong": ", ".join(wrong),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="the longest that a refusal may take")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -102,15 +125,33 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cases = {kind: ["--weights", str(path)] for kind, path in damaged(folder).items()}
-        options = ("--steps 0", "--height 100", "--unknown", "--sampler heun", "--preset quick", "--cap 9", "--seed -1", "--guidance nan")
+        options = (
+            "--steps 0",
+            "--height 100",
+            "--unknown",
+            "--sampler heun",
+            "--preset quick",
+            "--cap 9",
+            "--seed -1",
+            "--guidance nan",
+        )
         cases |= {given: given.split() for given in options}
         for kind, given in cases.items():
             found[kind] = refuse(given, folder)
             if found[kind]["seconds"] > args.seconds:
                 found[kind]["wrong"] = (found[kind]["wrong"] + " slow").strip()
-            print(f"{kind}: {found[kind]['seconds']:.1f} s {found[kind]['wrong']}", file=sys.stderr, flush=True)
-    lines = [[kind, f"{result['seconds']:.1f}", result["wrong"] or "as it should be", result["said"][:150]] for kind, result in found.items()]
-    print(in_words(machine() | {"ranks": 2}) + "\n\n" + table(["input", "seconds", "verdict", "the sentence"], lines))
+            print(
+                f"{kind}: {found[kind]['seconds']:.1f} s {found[kind]['wrong']}", file=sys.stderr, flush=True
+            )
+    lines = [
+        [kind, f"{result['seconds']:.1f}", result["wrong"] or "as it should be", result["said"][:150]]
+        for kind, result in found.items()
+    ]
+    print(
+        in_words(machine() | {"ranks": 2})
+        + "\n\n"
+        + table(["input", "seconds", "verdict", "the sentence"], lines)
+    )
     if args.json:
         args.json.write_text(json.dumps({"conditions": machine(), "results": found}, indent=1) + "\n")
     return 1 if any(result["wrong"] for result in found.values()) else 0

@@ -71,14 +71,20 @@ def load_denoiser(folder: Path, model: str, family: str) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as home:
         place = Path(home) / FOLDERS[family]
         place.mkdir()
-        (place / "diffusion_pytorch_model.safetensors").symlink_to((folder / f"{model}.safetensors").resolve())
+        (place / "diffusion_pytorch_model.safetensors").symlink_to(
+            (folder / f"{model}.safetensors").resolve()
+        )
         (place / "config.json").symlink_to((folder / f"{model}.config.json").resolve(strict=True))
         return open_checkpoint(home).load("denoiser", torch.float32)
 
 
 def build_sampler(facts: dict) -> Sampler:
     """Our sampler of the recorded name, with the recorded shift for SD3."""
-    name, steps, config = facts["scheduler"]["name"], facts["num_inference_steps"], facts["scheduler"]["config"]
+    name, steps, config = (
+        facts["scheduler"]["name"],
+        facts["num_inference_steps"],
+        facts["scheduler"]["config"],
+    )
     sampler = make_sampler(facts["model_kind"], name, steps)
     return FlowEuler(steps, float(config["shift"])) if name == "flow" else sampler
 
@@ -89,7 +95,9 @@ def conditioning(recording: Recording, size_width: int) -> dict:
     for text in ("cond", "uncond"):
         embedding, pooled = recording.tensors[f"prompt_embeds_{text}"], recording.tensors[f"pooled_{text}"]
         if recording.facts["model_kind"] == "sdxl":
-            sizes = sinusoid(recording.tensors["time_ids"], size_width).flatten(1)  # (1, 6) -> (1, 6 * size_width)
+            sizes = sinusoid(recording.tensors["time_ids"], size_width).flatten(
+                1
+            )  # (1, 6) -> (1, 6 * size_width)
             branches[text] = UNetConditioning(embedding, torch.cat([pooled, sizes], dim=1))
         else:
             branches[text] = MMDiTConditioning(embedding, pooled)
@@ -129,11 +137,21 @@ def replay(recording: Recording) -> tuple[bool, str]:
     denoiser = load_denoiser(folder, model, family)
     config = json.loads((folder / f"{model}.config.json").read_text(encoding="utf-8"))
     told = conditioning(recording, config.get("addition_time_embed_dim") or 256)
-    task = Task(denoiser, (denoiser.default_cut(),), sampler, told, float(facts["guidance_scale"]), tensors["init_noise"])
+    task = Task(
+        denoiser,
+        (denoiser.default_cut(),),
+        sampler,
+        told,
+        float(facts["guidance_scale"]),
+        tensors["init_noise"],
+    )
     strategy = strategies(family)["paper" if recording.hybrid else "serial"]
     records = list(denoise(task, strategy, Settings(steps, rule), Mailbox()))
 
-    schedule = [error(sampler.timesteps, tensors["timesteps"]), error(sampler.start(task.noise), tensors["latents_0"])]
+    schedule = [
+        error(sampler.timesteps, tensors["timesteps"]),
+        error(sampler.start(task.noise), tensors["latents_0"]),
+    ]
     if "sigmas" in tensors:
         schedule.append(error(sampler.sigmas, tensors["sigmas"]))
     if len(tensors["latents"]) != steps:
@@ -144,7 +162,9 @@ def replay(recording: Recording) -> tuple[bool, str]:
     errors = {"latents": latents, "discrepancies": discrepancies, "schedule": schedule}
     wrong = [f"{name} off" for name, values in errors.items() if not max(values, default=0.0) <= LIMIT]
     worst = max(range(steps), key=latents.__getitem__)
-    figures = f"latents {latents[worst]:.1e} (step {worst}), discrepancy {max(discrepancies, default=0.0):.1e}"
+    figures = (
+        f"latents {latents[worst]:.1e} (step {worst}), discrepancy {max(discrepancies, default=0.0):.1e}"
+    )
     figures += f", schedule {max(schedule):.1e}"
     if recording.hybrid:
         switch = find_switch([record.discrepancy for record in records], rule)
@@ -152,7 +172,9 @@ def replay(recording: Recording) -> tuple[bool, str]:
             ours, recorded = getattr(switch, name, None), facts.get(name)
             figures += f", {name} {ours}"
             # a stage that passes the last step ends there, whichever way its end is written
-            if ours != recorded and (None in (ours, recorded) or name == "tau1" or min(ours, recorded) < steps - 1):
+            if ours != recorded and (
+                None in (ours, recorded) or name == "tau1" or min(ours, recorded) < steps - 1
+            ):
                 wrong.append(f"{name} {recorded} recorded")
         pipelined = [record.step for record in records if record.stage == "parallelism"]
         if recording.pipelined not in (pipelined, None):
@@ -162,7 +184,9 @@ def replay(recording: Recording) -> tuple[bool, str]:
 
 def main() -> int:
     """Replays all recordings in DIR, prints a line for each and a summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the folder with the recordings")
     folder = parser.parse_args().folder
     if not folder.is_dir():
@@ -177,7 +201,9 @@ def main() -> int:
             facts, tensors = json.loads(path.read_text("utf-8")), load_file(path.with_suffix(".safetensors"))
             recording = Recording(path, facts, tensors)
             if recording.frozen:
-                print(f"{name}: not followed: the released code's frozen SD3 boundary; not counted", flush=True)
+                print(
+                    f"{name}: not followed: the released code's frozen SD3 boundary; not counted", flush=True
+                )
                 continue
             good, line = replay(recording)
         except (LookupError, TypeError, AttributeError) as problem:
@@ -187,11 +213,16 @@ def main() -> int:
         counted, agreed = counted + 1, agreed + good
         print(f"{name}: {'ok' if good else 'FAILED'}: {line}", flush=True)
     if not paths:
-        print(f"{folder} holds no recording: there is no *.hybrid.json and no *.serial.json in it.", file=sys.stderr)
+        print(
+            f"{folder} holds no recording: there is no *.hybrid.json and no *.serial.json in it.",
+            file=sys.stderr,
+        )
     elif not counted:
         print(f"{folder} holds no recording that is followed here.", file=sys.stderr)
     else:
-        print(f"{agreed} of {counted} recordings agree, limit {LIMIT:.0e}; {len(paths) - counted} not followed")
+        print(
+            f"{agreed} of {counted} recordings agree, limit {LIMIT:.0e}; {len(paths) - counted} not followed"
+        )
     return 0 if counted and agreed == counted else 1
 
 

@@ -30,7 +30,13 @@ from hybridiff.transport import Mailbox, Transport, connect, disconnect  # noqa:
 from tests.tiny import free_port  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
-PROMPTS = ["a red circle", "", "a small green star above a large purple ring on a white background", "🟥" * 50, "\x1b[31m"]
+PROMPTS = [
+    "a red circle",
+    "",
+    "a small green star above a large purple ring on a white background",
+    "🟥" * 50,
+    "\x1b[31m",
+]
 CPU = torch.device("cpu")
 
 
@@ -51,9 +57,17 @@ def make(requests: list[tuple[str, Request]], transport: Transport, folder: Path
         result = generate(checkpoints[family], request, transport, CPU)
         pixels = None
         if result.image is not None:
-            save_picture(result.image, folder / "p.png", request.seed, settings_of(request, family, transport.world))
+            save_picture(
+                result.image, folder / "p.png", request.seed, settings_of(request, family, transport.world)
+            )
             pixels = hashlib.sha256(Image.open(folder / "p.png").tobytes()).hexdigest()
-        made.append({"pixels": pixels, "stages": [record.stage for record in result.records], "discrepancies": [r.discrepancy for r in result.records]})
+        made.append(
+            {
+                "pixels": pixels,
+                "stages": [record.stage for record in result.records],
+                "discrepancies": [r.discrepancy for r in result.records],
+            }
+        )
     return made
 
 
@@ -63,7 +77,9 @@ def on_rank(rank: int, port: int, requests: list[tuple[str, Request]], folder: s
     torch.set_num_threads(2 if rank and unlike == "threads" else 1)
     if rank and unlike == "bf16":
         rounded = torch.nn.functional.linear
-        torch.nn.functional.linear = lambda x, *rest: rounded(x.bfloat16().to(x.dtype), *rest)  # as matmuls in bf16 see their input
+        torch.nn.functional.linear = lambda x, *rest: rounded(
+            x.bfloat16().to(x.dtype), *rest
+        )  # as matmuls in bf16 see their input
     transport = connect()
     transport.open_lanes(CPU)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(make(requests, transport, Path(folder))))
@@ -85,15 +101,25 @@ def in_one_process(requests: list[tuple[str, Request]]) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     requests = [draw(rng) for _ in range(args.count)]
     ranks, one, again = on_two_ranks(requests)[0], in_one_process(requests), in_one_process(requests)
-    wrong = [request for (_, request), *made in zip(requests, ranks, one, again) if len({told["pixels"] for told in made}) > 1]
-    print(in_words(machine() | {"settings": len(requests), "two ranks, one process and again differ in": len(wrong)}))
+    wrong = [
+        request
+        for (_, request), *made in zip(requests, ranks, one, again)
+        if len({told["pixels"] for told in made}) > 1
+    ]
+    print(
+        in_words(
+            machine() | {"settings": len(requests), "two ranks, one process and again differ in": len(wrong)}
+        )
+    )
     for request in wrong:
         print(request)
     return 1 if wrong else 0

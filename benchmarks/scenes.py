@@ -35,7 +35,9 @@ def checker_shares(drawn: list) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--family", choices=("sdxl", "sd3"), required=True)
     parser.add_argument("--weights", help="another checkpoint than the family's demo")
     parser.add_argument("--prompts", type=int, default=256)
@@ -44,38 +46,70 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write the first 64 pictures side by side")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="also write the first 64 pictures side by side"
+    )
     args = parser.parse_args()
     if args.prompts < (8 if args.sheet else 1):
         parser.error(f"--prompts {args.prompts} are too few: give at least {8 if args.sheet else 1}.")
     torch.set_num_threads(args.threads)
     checkpoint = open_checkpoint(args.weights or f"demo-{args.family}")
     if checkpoint.family != args.family:
-        parser.error(f"--weights {args.weights} is of family {checkpoint.family}: give --family {checkpoint.family}.")
-    guidance = checkpoint.defaults.get("guidance", GUIDANCE[args.family]) if args.guidance is None else args.guidance
+        parser.error(
+            f"--weights {args.weights} is of family {checkpoint.family}: give --family {checkpoint.family}."
+        )
+    guidance = (
+        checkpoint.defaults.get("guidance", GUIDANCE[args.family]) if args.guidance is None else args.guidance
+    )
     trained = {said("train", index) for index in range(LATENTS)}
     drawn = [sample(f"prompts of {args.seed}", index) for index in range(args.prompts)]
     true, shuffled = checker_shares(drawn)
 
     verdicts, pictures, started = [], [], time.monotonic()
     for index, (scene, caption) in enumerate(drawn):
-        request = Request(caption, None, args.steps, guidance, 128, 128, args.seed * 100000 + index, None, "serial",
-                          PAPER_RULES[args.family], torch.float32)
-        image = generate(checkpoint, request, Mailbox(), torch.device("cpu")).image.permute(2, 0, 1) / 127.5 - 1
+        request = Request(
+            caption,
+            None,
+            args.steps,
+            guidance,
+            128,
+            128,
+            args.seed * 100000 + index,
+            None,
+            "serial",
+            PAPER_RULES[args.family],
+            torch.float32,
+        )
+        image = (
+            generate(checkpoint, request, Mailbox(), torch.device("cpu")).image.permute(2, 0, 1) / 127.5 - 1
+        )
         verdicts.append(compare(scene, caption, image))
         pictures.append(image)
         if (index + 1) % 16 == 0:
-            print(f"{index + 1}/{args.prompts} pictures, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{index + 1}/{args.prompts} pictures, {time.monotonic() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     new = [caption not in trained for _, caption in drawn]
     found, found_new = shares(verdicts), shares([verdict for verdict, is_new in zip(verdicts, new) if is_new])
-    print(f"{args.weights or f'demo-{args.family}'}: {args.prompts} prompts of seed {args.seed}, {sum(new)} of them not in training, serial, "
-          f"{args.steps} steps, guidance {guidance}, fp32\n")
-    print("| right | pictures | of new captions | checker on rendered scenes | on shuffled captions |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"{args.weights or f'demo-{args.family}'}: {args.prompts} prompts of seed {args.seed}, {sum(new)} of them not in training, serial, "
+        f"{args.steps} steps, guidance {guidance}, fp32\n"
+    )
+    print(
+        "| right | pictures | of new captions | checker on rendered scenes | on shuffled captions |\n| --- | --- | --- | --- | --- |"
+    )
     for question in found:
-        print(f"| {question} | {' | '.join(percent(column[question]) for column in (found, found_new, true, shuffled))} |")
+        print(
+            f"| {question} | {' | '.join(percent(column[question]) for column in (found, found_new, true, shuffled))} |"
+        )
     if args.json:
         conditions = {key: value for key, value in vars(args).items() if key not in ("json", "sheet")}
-        each = [{"caption": caption, "new": is_new, **verdict} for (_, caption), is_new, verdict in zip(drawn, new, verdicts)]
+        each = [
+            {"caption": caption, "new": is_new, **verdict}
+            for (_, caption), is_new, verdict in zip(drawn, new, verdicts)
+        ]
         told = {"conditions": conditions | {"guidance": guidance}, "right": found, "right of new captions": found_new, "checker": true,
                 "shuffled": shuffled}  # fmt: skip
         rows = ",\n  ".join(json.dumps(picture) for picture in each)  # a line each

@@ -24,7 +24,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import FAMILIES, SHARES, TOKENS, in_words, intervals, machine, make_task, row_plan, table  # noqa: E402
+from benchmarks.full_size import (
+    FAMILIES,
+    SHARES,
+    TOKENS,
+    in_words,
+    intervals,
+    machine,
+    make_task,
+    row_plan,
+    table,
+)  # noqa: E402
 from benchmarks.timed import PARTS, on_ranks_with_task, parts_on_cuda, time_diffusers, time_run, warm_parts  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
@@ -42,9 +52,25 @@ LINKS = {  # bytes a second in one direction, seconds a message; assumed, the ba
 def rows_of(steps: int) -> tuple[str, ...]:
     """The rows that there are at a number of steps."""
     paced = [f"{kind}-{k}" for kind in ("paper", "fewer") for k in intervals(steps)]
-    presets = {f"{PRESETS[name].strategy}-{usual_reuse(steps, PRESETS[name].share).count}" for name in ("balanced", "fast")}
-    saved = {f"{name}-{usual_reuse(steps, share).count}": None for name, shares in SHARES.items() for share in shares}
-    return ("serial", "batched", "diffusers", "condition", "balanced", "fast", *paced, *(name for name in saved if name not in presets))
+    presets = {
+        f"{PRESETS[name].strategy}-{usual_reuse(steps, PRESETS[name].share).count}"
+        for name in ("balanced", "fast")
+    }
+    saved = {
+        f"{name}-{usual_reuse(steps, share).count}": None
+        for name, shares in SHARES.items()
+        for share in shares
+    }
+    return (
+        "serial",
+        "batched",
+        "diffusers",
+        "condition",
+        "balanced",
+        "fast",
+        *paced,
+        *(name for name in saved if name not in presets),
+    )
 
 
 def plans_of(family: str, row: str, steps: int) -> list[StepPlan]:
@@ -62,7 +88,9 @@ def ideal(plans: Sequence[StepPlan], parts: dict[str, float], delays: dict[str, 
 
 def parts_used(plans: Sequence[StepPlan]) -> list[str]:
     """Those of `timed.PARTS` that a schedule consists of."""
-    return sorted({f"{run.part}, batch 2" if run.text == "both" else run.part for plan in plans for run in plan.runs()})
+    return sorted(
+        {f"{run.part}, batch 2" if run.text == "both" else run.part for plan in plans for run in plan.runs()}
+    )
 
 
 def steps_of(family: str, row: str, steps: int, parts: dict[str, float]) -> int:
@@ -110,7 +138,14 @@ class Results:
 
 def where_of(family: str, size: int, steps: int, args: argparse.Namespace) -> dict[str, object]:
     """What a rank makes its task from, see `timed.with_task`."""
-    return {"family": family, "size": size, "steps": steps, "dtype": args.dtype, "tiny": args.tiny, "weights": str(args.folder / family)}
+    return {
+        "family": family,
+        "size": size,
+        "steps": steps,
+        "dtype": args.dtype,
+        "tiny": args.tiny,
+        "weights": str(args.folder / family),
+    }
 
 
 def slower(each: Sequence[dict[str, list[float]]]) -> dict[str, float]:
@@ -118,20 +153,26 @@ def slower(each: Sequence[dict[str, list[float]]]) -> dict[str, float]:
     return {part: median(map(max, zip(*(seconds[part] for seconds in each)))) for part in each[0]}
 
 
-def measure_parts(results: Results, family: str, size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """"1 rank busy" and "2 ranks busy" -> seconds of each part until all have it, medians."""
+def measure_parts(
+    results: Results, family: str, size: int, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """ "1 rank busy" and "2 ranks busy" -> seconds of each part until all have it, medians."""
     where = where_of(family, size, 1, args)
 
     def measure() -> dict:
         busy = {}
         for ranks in (1, 2):
-            busy[f"{ranks} ranks busy" if ranks > 1 else "1 rank busy"] = slower(on_ranks_with_task(ranks, where, warm_parts, repeats=args.repeats))
+            busy[f"{ranks} ranks busy" if ranks > 1 else "1 rank busy"] = slower(
+                on_ranks_with_task(ranks, where, warm_parts, repeats=args.repeats)
+            )
         return busy
 
     return results.once(f"{family} {size} parts", measure)
 
 
-def measure_row(results: Results, family: str, size: int, row: str, parts: dict, args: argparse.Namespace) -> dict:
+def measure_row(
+    results: Results, family: str, size: int, row: str, parts: dict, args: argparse.Namespace
+) -> dict:
     """One row: seconds measured and ideal, of every step and of the parts, bytes. `parts`: by them fewer-K has its steps."""
 
     def measure() -> dict:
@@ -145,10 +186,17 @@ def measure_row(results: Results, family: str, size: int, row: str, parts: dict,
             each = on_ranks_with_task(1, where, time_diffusers, family=family, size=size, steps=run)
         else:
             strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, run)
-            details = {"strategy": strategy, "settings": settings, "repeats": args.repeats, "wanted": parts_used(plans)}
+            details = {
+                "strategy": strategy,
+                "settings": settings,
+                "repeats": args.repeats,
+                "wanted": parts_used(plans),
+            }
             each = on_ranks_with_task(ranks, where, time_run, **details)
         if not all(result["finite"] for result in each):
-            raise SystemExit(f"{family} {row}: latents are not finite, so the times mean nothing and are not kept.")
+            raise SystemExit(
+                f"{family} {row}: latents are not finite, so the times mean nothing and are not kept."
+            )
         beside = None if row == "diffusers" else slower([result["parts"] for result in each])
         return {
             "ranks": ranks, "steps": steps, "steps run": run, "total": max(result["total"] for result in each) * steps / run,
@@ -171,7 +219,13 @@ def show_parts(parts: dict[int, dict]) -> str:
             gain = seconds["whole, batch 2"] / (2 * seconds["whole"])
             split = baseline / seconds["whole"] if busy == "2 ranks busy" else None
             lines.append([size, busy, *(seconds[part] for part in PARTS), gain, split])
-    header = ["pixels", "", *(f"{part}, s" for part in PARTS), "batch 2 / two runs", "ideal speed-up of condition"]
+    header = [
+        "pixels",
+        "",
+        *(f"{part}, s" for part in PARTS),
+        "batch 2 / two runs",
+        "ideal speed-up of condition",
+    ]
     note = "Speed-up over the faster of two runs and one batch of two on one rank. "
     note += "Where batching is cheap, no split reaches 2."
     return f"{table(header, lines)}\n\n{note}"
@@ -186,23 +240,38 @@ def show_rows(rows: dict[str, dict]) -> str:
         above = [None if r["ideal"] is None else r[which] / r["ideal"] for which in ("total", "medians")]
         faster = None if baseline is None else baseline / r["total"]
         seconds = [r[which] for which in ("total", "medians", "ideal")]
-        told = str(r["steps"]) if r["steps run"] == r["steps"] else f"{r['steps']}, of {r['steps run']} measured"
+        told = (
+            str(r["steps"]) if r["steps run"] == r["steps"] else f"{r['steps']}, of {r['steps run']} measured"
+        )
         lines.append([name, r["ranks"], told, *seconds, *above, faster, sum(r["bytes"].values())])
     header = ["row", "ranks", "steps", "measured, s", "by medians, s", "ideal, s", "measured / ideal", "by medians / ideal",
               "speed-up", "bytes"]  # fmt: skip
     text = table(header, lines)
     if baseline is not None and "diffusers" in rows:
         theirs = rows["diffusers"]
-        text += f"\n\nThe faster of serial and batched takes {baseline / theirs['total']:.3f} of diffusers' time"
-        text += f" (one prediction of theirs differs from ours by {theirs['distance from our prediction']:.1e})."
+        text += (
+            f"\n\nThe faster of serial and batched takes {baseline / theirs['total']:.3f} of diffusers' time"
+        )
+        text += (
+            f" (one prediction of theirs differs from ours by {theirs['distance from our prediction']:.1e})."
+        )
     return text
 
 
-def predict(family: str, size: int, steps: int, parts: dict[str, float], tiny: bool) -> dict[str, dict[str, float]]:
+def predict(
+    family: str, size: int, steps: int, parts: dict[str, float], tiny: bool
+) -> dict[str, dict[str, float]]:
     """Row -> link -> predicted seconds on two devices with these part times, each fp16 message over its link in turn."""
     sizes = message_bytes(make_task(family, size, steps, torch.float16, tiny))
     predicted = {}
-    for row in ("serial", "batched", "condition", "balanced", "fast", *(f"paper-{k}" for k in intervals(steps))):
+    for row in (
+        "serial",
+        "batched",
+        "condition",
+        "balanced",
+        "fast",
+        *(f"paper-{k}" for k in intervals(steps)),
+    ):
         predicted[row] = {}
         for link, (bandwidth, latency) in LINKS.items():
             delays = {kind: latency + count / bandwidth for kind, count in sizes.items()}
@@ -217,7 +286,11 @@ def show_prediction(predicted: dict[int, dict[str, dict[str, float]]]) -> str:
         for row, links in rows.items():
             best = {link: min(rows["serial"][link], rows["batched"][link]) for link in links}
             lines.append([size, row, *(value for link, s in links.items() for value in (s, best[link] / s))])
-    header = ["pixels", "row", *(f"{link}: {what}" for link in LINKS for what in ("predicted s", "predicted speed-up"))]
+    header = [
+        "pixels",
+        "row",
+        *(f"{link}: {what}" for link in LINKS for what in ("predicted s", "predicted speed-up")),
+    ]
     title = "PREDICTION, not measured: part times of one device put through the schedule; networks and messages alone"
     return f"{title}, links assumed\n\n{table(header, lines)}"
 
@@ -226,26 +299,38 @@ def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--size", type=int, help="pixels a side of the whole runs; default 512 for sdxl, 256 for sd3")
+    parser.add_argument(
+        "--size", type=int, help="pixels a side of the whole runs; default 512 for sdxl, 256 for sd3"
+    )
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--alike", type=int, metavar="N", help="of rows whose steps all do the same work, run N and multiply")
+    parser.add_argument(
+        "--alike", type=int, metavar="N", help="of rows whose steps all do the same work, run N and multiply"
+    )
     parser.add_argument("--rows", nargs="*", metavar="ROW", help=f"with 50 steps of {', '.join(rows_of(50))}")
     parser.add_argument("--part-sizes", nargs="*", type=int, default=[256, 512, 1024], metavar="SIZE")
     parser.add_argument("--repeats", type=int, default=5, help="of every part")
-    parser.add_argument("--cuda", nargs="*", type=int, metavar="SIZE", help="part times on CUDA; default 1024 2048 2560")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="results are kept there, and not measured again")
+    parser.add_argument(
+        "--cuda", nargs="*", type=int, metavar="SIZE", help="part times on CUDA; default 1024 2048 2560"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="results are kept there, and not measured again"
+    )
     parser.add_argument("--tiny", action="store_true", help="small networks, for the test")
     args = parser.parse_args()
     args.cuda = [1024, 2048, 2560] if args.cuda == [] else args.cuda or []
     for size in (*args.part_sizes, *args.cuda, *([] if args.size is None else [args.size])):
         if size < 32 or size % 32 or size > 3072:
-            parser.error(f"a side of {size} pixels does not fit the networks: give a multiple of 32 from 32 to 3072.")
+            parser.error(
+                f"a side of {size} pixels does not fit the networks: give a multiple of 32 from 32 to 3072."
+            )
     if not 2 <= args.steps < 1000 or args.repeats < 1 or (args.alike is not None and args.alike < 1):
         parser.error("give 2 to 999 --steps and at least one of --repeats and --alike.")
     known = rows_of(args.steps)
     for row in args.rows or ():
         if row not in known:
-            parser.error(f"--rows: there is no {row} with {args.steps} steps; give some of {', '.join(known)}.")
+            parser.error(
+                f"--rows: there is no {row} with {args.steps} steps; give some of {', '.join(known)}."
+            )
     args.rows = [row for row in known if args.rows is None or row in args.rows]
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: its folder does not exist; make it or give another.")
@@ -283,18 +368,29 @@ def measure_all(results: Results, args: argparse.Namespace) -> None:
         wanted = sorted({*args.part_sizes, *([size] if args.rows else [])})
         parts = {side: measure_parts(results, family, side, args) for side in wanted}
         if parts:
-            print(f"\n## {family}: one evaluation of the network and its parts\n\n{show_parts(parts)}", flush=True)
+            print(
+                f"\n## {family}: one evaluation of the network and its parts\n\n{show_parts(parts)}",
+                flush=True,
+            )
         rows = {row: measure_row(results, family, size, row, parts[size], args) for row in args.rows}
         if rows:
-            print(f"\n## {family}: whole runs of {args.steps} steps at {size} x {size}\n\n{show_rows(rows)}", flush=True)
+            print(
+                f"\n## {family}: whole runs of {args.steps} steps at {size} x {size}\n\n{show_rows(rows)}",
+                flush=True,
+            )
         predicted = {}
         for side in args.cuda:
             key, on_cuda = f"{family} {side} cuda parts", (family, side, args.repeats, args.tiny)
             found = results.once(key, lambda: parts_on_cuda(*on_cuda))
             predicted[side] = predict(family, side, args.steps, found, args.tiny)
-            results.keep(f"{family} {side} {args.steps} steps PREDICTED for two CUDA devices", predicted[side])
+            results.keep(
+                f"{family} {side} {args.steps} steps PREDICTED for two CUDA devices", predicted[side]
+            )
         if predicted:
-            print(f"\n## {family}: {args.steps} steps on two CUDA devices\n\n{show_prediction(predicted)}", flush=True)
+            print(
+                f"\n## {family}: {args.steps} steps on two CUDA devices\n\n{show_prediction(predicted)}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

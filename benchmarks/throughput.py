@@ -56,7 +56,9 @@ def asleep(task, shares: dict[str, float], seconds: float):
     return task
 
 
-def rank_main(rank: int, ranks: int, port: int, args: argparse.Namespace, shares: dict[str, float], folder: str) -> None:
+def rank_main(
+    rank: int, ranks: int, port: int, args: argparse.Namespace, shares: dict[str, float], folder: str
+) -> None:
     """One rank: makes the pictures that fall to its team."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -74,12 +76,16 @@ def rank_main(rank: int, ranks: int, port: int, args: argparse.Namespace, shares
         transport.finish()
         made.append(job.number)
     seconds = time.perf_counter() - start
-    (Path(folder) / f"{ranks}-{rank}.json").write_text(json.dumps({"seconds": seconds, "team": transport.team, "made": made}))
+    (Path(folder) / f"{ranks}-{rank}.json").write_text(
+        json.dumps({"seconds": seconds, "team": transport.team, "made": made})
+    )
     disconnect()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--family", choices=("sdxl", "sd3"), default="sdxl")
     parser.add_argument("--row", default="condition", help="condition, paper-K, balanced or fast")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
@@ -101,10 +107,23 @@ def main() -> int:
             seconds = max(t["seconds"] for t in told)
             ideal = one * -(-args.pictures // (ranks // 2))
             base = base or (seconds, ideal)
-            rows.append([ranks, ranks // 2, seconds, 60 * args.pictures / seconds, base[0] / seconds, base[1] / ideal])
-    conditions = machine() | {"family": args.family, "row": args.row, "pictures": args.pictures, "steps": args.steps, "an evaluation sleeps": args.seconds}
+            rows.append(
+                [ranks, ranks // 2, seconds, 60 * args.pictures / seconds, base[0] / seconds, base[1] / ideal]
+            )
+    conditions = machine() | {
+        "family": args.family,
+        "row": args.row,
+        "pictures": args.pictures,
+        "steps": args.steps,
+        "an evaluation sleeps": args.seconds,
+    }
     print(in_words(conditions))
-    print("\n" + table(["ranks", "teams", "seconds", "pictures a minute", "times the first row", "by the schedule"], rows))
+    print(
+        "\n"
+        + table(
+            ["ranks", "teams", "seconds", "pictures a minute", "times the first row", "by the schedule"], rows
+        )
+    )
     if args.json:
         args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
     return 0

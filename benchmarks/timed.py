@@ -24,7 +24,12 @@ PARTS = ("entry", "inner", "exit", "whole", "whole, batch 2")
 
 def runs_of(task: Task) -> dict[str, Callable]:
     """What runs each of PARTS under the prompt; "inner" and "exit" take what the last "entry" and "inner" gave."""
-    net, cut, told, dtype = task.denoiser, task.cuts[0], task.conditioning["cond"], task.conditioning["cond"].text.dtype
+    net, cut, told, dtype = (
+        task.denoiser,
+        task.cuts[0],
+        task.conditioning["cond"],
+        task.conditioning["cond"].text.dtype,
+    )
     x, t = task.noise.to(dtype), task.sampler.timesteps[:1].to(task.noise.device)
     both = task.batch("both")
     inwards = skips = outwards = None  # what crosses the cut, and what stays
@@ -37,12 +42,20 @@ def runs_of(task: Task) -> dict[str, Callable]:
         nonlocal outwards
         outwards = net.inner(inwards, t, told, cut)
 
-    runs = entry, inner, lambda: net.exit(outwards, skips, t, told, cut), lambda: net(x, t, told), lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both)
+    runs = (
+        entry,
+        inner,
+        lambda: net.exit(outwards, skips, t, told, cut),
+        lambda: net(x, t, told),
+        lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both),
+    )
     return dict(zip(PARTS, runs))
 
 
 @torch.inference_mode()
-def time_runs(runs: dict[str, Callable], transport: Transport, repeats: int, cuda: bool) -> dict[str, list[float]]:
+def time_runs(
+    runs: dict[str, Callable], transport: Transport, repeats: int, cuda: bool
+) -> dict[str, list[float]]:
     """Seconds of each run, `repeats` times, one after the other. All ranks start each together."""
     seconds: dict[str, list[float]] = {part: [] for part in runs}
     for _ in range(repeats):
@@ -58,17 +71,33 @@ def time_runs(runs: dict[str, Callable], transport: Transport, repeats: int, cud
     return seconds
 
 
-def time_parts(task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS) -> dict[str, list[float]]:
+def time_parts(
+    task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS
+) -> dict[str, list[float]]:
     """Seconds of each of the wanted PARTS, `repeats` times; "entry", "inner" and "exit" are wanted together."""
-    return time_runs({part: run for part, run in runs_of(task).items() if part in wanted}, transport, repeats, task.noise.is_cuda)
+    return time_runs(
+        {part: run for part, run in runs_of(task).items() if part in wanted},
+        transport,
+        repeats,
+        task.noise.is_cuda,
+    )
 
 
-def warm_parts(task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS) -> dict[str, list[float]]:
+def warm_parts(
+    task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS
+) -> dict[str, list[float]]:
     """The same after one run that does not count."""
     return {part: times[1:] for part, times in time_parts(task, transport, repeats + 1, wanted).items()}
 
 
-def time_run(task: Task, transport: Transport, strategy: Strategy, settings: Settings, repeats: int, wanted: Sequence[str]) -> dict:
+def time_run(
+    task: Task,
+    transport: Transport,
+    strategy: Strategy,
+    settings: Settings,
+    repeats: int,
+    wanted: Sequence[str],
+) -> dict:
     """Seconds of every step of a whole run and of all together; of the wanted parts, before and after it; bytes over all ranks.
 
     The parts before it are all that warms it up: the first step also makes the first exchange.
@@ -82,7 +111,13 @@ def time_run(task: Task, transport: Transport, strategy: Strategy, settings: Set
     counted, finite = dict(transport.finish()), bool(records[-1].latents.isfinite().all())
     after = time_parts(task, transport, repeats, wanted)
     parts = {part: before[part] + after[part] for part in before}
-    return {"seconds": [r.seconds for r in records], "total": total, "parts": parts, "bytes": counted, "finite": finite}
+    return {
+        "seconds": [r.seconds for r in records],
+        "total": total,
+        "parts": parts,
+        "bytes": counted,
+        "finite": finite,
+    }
 
 
 def time_diffusers(task: Task, transport: Transport, family: str, size: int, steps: int) -> dict:

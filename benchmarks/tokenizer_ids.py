@@ -39,7 +39,10 @@ def main() -> int:
             ),
         }  # fmt: skip
     for file in [DEMO_FOLDER / "spiece.model"] + ([args.t5] if args.t5 else []):
-        pairs[f"T5 {file.parent.name}"] = T5Tokenizer(file, 256, extra_ids=T5_EXTRA), t5_oracle(file, T5_EXTRA)
+        pairs[f"T5 {file.parent.name}"] = (
+            T5Tokenizer(file, 256, extra_ids=T5_EXTRA),
+            t5_oracle(file, T5_EXTRA),
+        )
     print(f"transformers {transformers.__version__}, {len(texts):,} strings, seed {args.seed}, one thread")
     for name, (ours, theirs) in pairs.items():
         start = time.perf_counter()

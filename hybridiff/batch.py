@@ -21,7 +21,14 @@ from hybridiff.pipeline import agree
 from hybridiff.report import write_whole
 from hybridiff.transport import Transport, place
 
-OWN = {"prompt": str, "negative_prompt": str, "seed": int, "height": int, "width": int, "guidance": float}  # what a line may say
+OWN = {
+    "prompt": str,
+    "negative_prompt": str,
+    "seed": int,
+    "height": int,
+    "width": int,
+    "guidance": float,
+}  # what a line may say
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,16 @@ class Job:
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The pictures that a file asks for: a prompt a line, or a JSON object with "prompt" and any other names of OWN. UsageError says which line is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also end them at characters that JSON may hold
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # splitlines would also end them at characters that JSON may hold
     except OSError as error:
         raise UsageError(f"--prompts {path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise UsageError(f"--prompts {path} is not a text in UTF-8: save it so.") from None
-    told = [read_line(f"line {number} of {path}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    told = [
+        read_line(f"line {number} of {path}", line) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not told:
         raise UsageError(f"--prompts {path} has no prompt in it: give one a line.")
     return told
@@ -60,7 +71,9 @@ def read_line(where: str, line: str) -> dict[str, Any]:
             raise UsageError(f"{where} says {name!r:.80}, which is not known: give {', '.join(OWN)}.")
         wanted = (int, float) if OWN[name] is float else OWN[name]
         if not isinstance(value, wanted) or isinstance(value, bool):
-            raise UsageError(f"{where}: {name} must be {'a text' if OWN[name] is str else 'a number'}, not {value!r:.80}.")
+            raise UsageError(
+                f"{where}: {name} must be {'a text' if OWN[name] is str else 'a number'}, not {value!r:.80}."
+            )
         if OWN[name] is float and abs(value) > 1e300:
             raise UsageError(f"{where}: {name} is out of range: give a number such as 5.")
     if "prompt" not in told:
@@ -92,7 +105,11 @@ class Manifest:
                     continue
         except (OSError, UnicodeDecodeError):
             pass
-        if not lines or not isinstance(lines[0], dict) or not {"batch", "seed", "pictures"} <= lines[0].keys():
+        if (
+            not lines
+            or not isinstance(lines[0], dict)
+            or not {"batch", "seed", "pictures"} <= lines[0].keys()
+        ):
             raise UsageError(f"{self.path} is no manifest of a batch: choose another --out.")
         return lines
 
@@ -100,7 +117,9 @@ class Manifest:
         """Number of a picture -> its last line. UsageError where the file is another batch's."""
         head, *lines = self.read()
         if head["batch"] != batch:
-            raise UsageError(f"{self.path} belongs to other prompts or options: give the same ones with --resume, or another --out.")
+            raise UsageError(
+                f"{self.path} belongs to other prompts or options: give the same ones with --resume, or another --out."
+            )
         return {line.get("number"): line for line in lines}
 
     def begin(self, head: dict, lines: Sequence[dict]) -> None:
@@ -130,13 +149,20 @@ def already_made(job: Job, settings: dict) -> bool:
     try:
         with Image.open(job.path) as picture:
             told = picture.text
-        return told["seed"] == str(job.own["seed"]) and without_ranks(json.loads(told["settings"])) == without_ranks(settings)
+        return told["seed"] == str(job.own["seed"]) and without_ranks(
+            json.loads(told["settings"])
+        ) == without_ranks(settings)
     except (OSError, AttributeError, KeyError, ValueError):
         return False
 
 
 def begin(
-    jobs: Sequence[Job], settings: Sequence[dict], seed: int, resume: bool, overwrite: bool, transport: Transport
+    jobs: Sequence[Job],
+    settings: Sequence[dict],
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+    transport: Transport,
 ) -> tuple[Manifest, list[Job]]:
     """Start a batch, or with `resume` go on with it: the manifest and the jobs that are still to be made. Every rank calls it.
 
@@ -145,10 +171,14 @@ def begin(
     """
     folder = jobs[0].path.parent
     manifest, problem = Manifest(folder), None
-    batch = hashlib.sha256(json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()).hexdigest()
+    batch = hashlib.sha256(
+        json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()
+    ).hexdigest()
     head = {"batch": batch, "seed": seed, "pictures": len(jobs)}
     made = {job.number for job, told in zip(jobs, settings) if resume and already_made(job, told)}
-    strange = next((job.path for job in jobs if resume and job.number not in made and job.path.exists()), None)
+    strange = next(
+        (job.path for job in jobs if resume and job.number not in made and job.path.exists()), None
+    )
     files = transport.gather((made, strange))  # on several machines each knows its own
     made = {number for numbers, _ in files for number in numbers}
     strange = next((path for _, path in files if path), None)
@@ -157,10 +187,19 @@ def begin(
             if resume and manifest.path.exists():
                 before = manifest.last_lines(batch)
             elif strange and not overwrite:
-                raise UsageError(f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite.")
+                raise UsageError(
+                    f"{strange} is another picture than this run would make, and no manifest lies beside it: choose another --out, or add --overwrite."
+                )
             else:
                 before = {}
-            manifest.begin(head, [line for job in jobs if (line := line_after(job, before.get(job.number, {}), job.number in made))])
+            manifest.begin(
+                head,
+                [
+                    line
+                    for job in jobs
+                    if (line := line_after(job, before.get(job.number, {}), job.number in made))
+                ],
+            )
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
@@ -175,7 +214,9 @@ def begin(
             problem = str(error)
     agree(transport, problem)
     failed = set().union(*transport.gather(failed))
-    return manifest, sorted((job for job in jobs if job.number not in made), key=lambda job: job.number in failed)
+    return manifest, sorted(
+        (job for job in jobs if job.number not in made), key=lambda job: job.number in failed
+    )
 
 
 def line_after(job: Job, line: dict, made: bool) -> dict | None:

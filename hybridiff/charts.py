@@ -24,7 +24,14 @@ def percent(value: float) -> str:
 
 def svg(height: int, title: str, *pieces: str) -> str:
     """A chart of this height in pixels, as wide as there is room, with a title for those who cannot see it."""
-    return tag("svg", tag("title", escape(title)) + "".join(pieces), width="100%", height=height, role="img", cls="chart")
+    return tag(
+        "svg",
+        tag("title", escape(title)) + "".join(pieces),
+        width="100%",
+        height=height,
+        role="img",
+        cls="chart",
+    )
 
 
 def runs_of(stages: Sequence[Stage]) -> list[tuple[Stage, int, int]]:
@@ -42,7 +49,14 @@ def shades(stages: Sequence[Stage], height: int) -> list[str]:
     """A shaded stretch for each stage, steps spread evenly."""
     steps = len(stages)
     return [
-        tag("rect", x=percent(a / steps), y=0, width=percent((b + 1 - a) / steps), height=height, cls=f"shade {stage}")
+        tag(
+            "rect",
+            x=percent(a / steps),
+            y=0,
+            width=percent((b + 1 - a) / steps),
+            height=height,
+            cls=f"shade {stage}",
+        )
         for stage, a, b in runs_of(stages)
     ]
 
@@ -68,7 +82,9 @@ def cap_line(switch: Switch, steps: int, height: int) -> list[str]:
     return [tag("line", x1=x, x2=x, y1=0, y2=height, cls="rule"), tag("text", "cap", x=x, y=12, **beside)]
 
 
-def discrepancy_chart(values: Sequence[float | None], stages: Sequence[Stage], rule: SwitchRule, switch: Switch | None) -> str:
+def discrepancy_chart(
+    values: Sequence[float | None], stages: Sequence[Stage], rule: SwitchRule, switch: Switch | None
+) -> str:
     """The discrepancy of every step that measured it; where the slope decided, the chord over the window that decided, else the cap."""
     height, steps = 200, len(values)
     top = 1.15 * max((v for v in values if v is not None), default=1.0) or 1.0
@@ -83,10 +99,16 @@ def discrepancy_chart(values: Sequence[float | None], stages: Sequence[Stage], r
     pieces = shades(stages, height)
     for value in nice(top):
         y = height * (1 - value / top)
-        pieces += [tag("line", x1=0, x2="100%", y1=y, y2=y, cls="grid"), tag("text", f"{value:g}", x=4, y=y - 3)]
+        pieces += [
+            tag("line", x1=0, x2="100%", y1=y, y2=y, cls="grid"),
+            tag("text", f"{value:g}", x=4, y=y - 3),
+        ]
     known = [step for step in range(steps) if values[step] is not None]
     pieces += [line(a, b, "curve") for a, b in zip(known, known[1:]) if b == a + 1]
-    pieces += [tag("circle", tag("title", f"step {s}: {values[s]:.4f}"), cx=at(s)[0], cy=at(s)[1], r=2.5, cls="dot") for s in known]
+    pieces += [
+        tag("circle", tag("title", f"step {s}: {values[s]:.4f}"), cx=at(s)[0], cy=at(s)[1], r=2.5, cls="dot")
+        for s in known
+    ]
     if switch and switch.reason == "cap":
         pieces += cap_line(switch, steps, height)
     if switch and switch.reason == "slope":
@@ -96,17 +118,23 @@ def discrepancy_chart(values: Sequence[float | None], stages: Sequence[Stage], r
     return svg(height + 20, "Denoising discrepancy over the steps", *pieces, *step_axis(steps, height + 15))
 
 
-def slope_chart(falls: Sequence[float | None], stages: Sequence[Stage], rule: SwitchRule, switch: Switch | None) -> str:
+def slope_chart(
+    falls: Sequence[float | None], stages: Sequence[Stage], rule: SwitchRule, switch: Switch | None
+) -> str:
     """The average fall a step against the band [0, g) that switches; values beyond the chart are drawn at its edge."""
     height, steps = 130, len(falls)
-    scale = rule.slope or max((abs(fall) for fall in falls if fall is not None), default=0.0) / 6 or 1.0  # slope 0: there is no band
+    scale = (
+        rule.slope or max((abs(fall) for fall in falls if fall is not None), default=0.0) / 6 or 1.0
+    )  # slope 0: there is no band
     top, bottom = 6 * scale, -3 * scale
 
     def down(value: float) -> float:
         return height * (top - min(max(value, bottom), top)) / (top - bottom)
 
     pieces = shades(stages, height)
-    pieces.append(tag("rect", x=0, width="100%", y=down(rule.slope), height=down(0.0) - down(rule.slope), cls="band"))
+    pieces.append(
+        tag("rect", x=0, width="100%", y=down(rule.slope), height=down(0.0) - down(rule.slope), cls="band")
+    )
     pieces.append(tag("text", f"g = {rule.slope:g}", x=4, y=down(rule.slope) - 3))
     pieces.append(tag("text", "0", x=4, y=down(0.0) + 13))
     if switch and switch.reason == "cap":
@@ -114,7 +142,11 @@ def slope_chart(falls: Sequence[float | None], stages: Sequence[Stage], rule: Sw
     for step, fall in enumerate(falls):
         if fall is not None:
             decided = switch is not None and switch.reason == "slope" and step == switch.tau1
-            mark = {"r": 5, "cls": "mark"} if decided else {"r": 2.5, "cls": "dot" if bottom <= fall <= top else "dot off"}
+            mark = (
+                {"r": 5, "cls": "mark"}
+                if decided
+                else {"r": 2.5, "cls": "dot" if bottom <= fall <= top else "dot off"}
+            )
             said = tag("title", f"step {step}: {fall:.6f}")
             pieces.append(tag("circle", said, cx=percent((step + 0.5) / steps), cy=down(fall), **mark))
     return svg(height + 20, "Average fall of the discrepancy a step", *pieces, *step_axis(steps, height + 15))
@@ -136,14 +168,30 @@ def timeline_chart(bars: Sequence[Bar], ranks: int, stages: Sequence[Stage]) -> 
         inside = [step for step in starts if a <= step <= b]
         if inside:
             left, right = starts[min(inside)], starts.get(max(inside) + 1, end)
-            pieces.append(tag("rect", x=along(left), y=0, width=percent((right - left) / length), height=height, cls=f"shade {stage}"))
+            pieces.append(
+                tag(
+                    "rect",
+                    x=along(left),
+                    y=0,
+                    width=percent((right - left) / length),
+                    height=height,
+                    cls=f"shade {stage}",
+                )
+            )
     for rank in range(ranks):
         y = rank * (row + gap) + gap
         pieces.append(tag("text", f"rank {rank}", x=4, y=y - 6))
         for bar in bars:
             if bar.rank == rank and bar.end > bar.start:
-                said = tag("title", f"step {bar.step}: {escape(bar.label)}, {1000 * (bar.end - bar.start):.2f} ms")
+                said = tag(
+                    "title", f"step {bar.step}: {escape(bar.label)}, {1000 * (bar.end - bar.start):.2f} ms"
+                )
                 share = percent((bar.end - bar.start) / length)
-                pieces.append(tag("rect", said, x=along(bar.start), y=y, width=share, height=row, cls=bar.what))
-    ticks = [tag("text", f"{begin + length * f:.2f} s", x=percent(f), y=height + 15, text_anchor=a) for f, a in ((0, "start"), (0.5, "middle"), (1, "end"))]
+                pieces.append(
+                    tag("rect", said, x=along(bar.start), y=y, width=share, height=row, cls=bar.what)
+                )
+    ticks = [
+        tag("text", f"{begin + length * f:.2f} s", x=percent(f), y=height + 15, text_anchor=a)
+        for f, a in ((0, "start"), (0.5, "middle"), (1, "end"))
+    ]
     return svg(height + 20, "What each rank did, as measured", *pieces, *ticks)

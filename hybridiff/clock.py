@@ -52,7 +52,9 @@ class Clock:
     def take(self) -> list[Bar]:
         """The bars noted since the last call; on CUDA the device must have been synchronized."""
         noted, self.noted = self.noted, []
-        return [Bar(rank, step, self.since(a), self.since(b), kind(op), str(op)) for rank, step, a, b, op in noted]
+        return [
+            Bar(rank, step, self.since(a), self.since(b), kind(op), str(op)) for rank, step, a, b, op in noted
+        ]
 
 
 def totals(bars: Sequence[Bar]) -> dict[tuple[int, int], dict[str, float]]:

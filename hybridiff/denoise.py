@@ -40,7 +40,9 @@ class Task:
     denoiser: torch.nn.Module  # models.UNet or models.MMDiT
     cuts: tuple[Any, ...]  # where the denoiser is cut, as its class has it; see `Strategy.cuts`
     sampler: Sampler
-    conditioning: dict[str, Any]  # "cond", "uncond", as far as this process needs them -> UNetConditioning or MMDiTConditioning, batch 1
+    conditioning: dict[
+        str, Any
+    ]  # "cond", "uncond", as far as this process needs them -> UNetConditioning or MMDiTConditioning, batch 1
     guidance: float
     noise: Tensor  # (1, C, h, w), unit normal, fp32
 
@@ -57,7 +59,9 @@ class Task:
             return [(torch.Size(()), torch.float32)]
         net, latents = self.denoiser, self.noise.shape
         dtype = next(net.parameters()).dtype
-        tokens = next((told.text.shape[1] for told in self.conditioning.values()), 0)  # a rank that runs nothing has no text
+        tokens = next(
+            (told.text.shape[1] for told in self.conditioning.values()), 0
+        )  # a rank that runs nothing has no text
         if value.of:
             of_keys, of_prediction = net.sizes(latents, tokens, value.at, value.of, value.block)
             shapes = [shape for shape in of_keys if shape] if value.what == "keys" else [of_prediction]
@@ -86,7 +90,9 @@ class Worker:
         self.latents = task.sampler.start(task.noise)
         self.last: Last = None
         self.store: dict[Value, Any] = {}
-        self.older: dict[Value, Any] = {}  # the result before the one in the store, of what may be extrapolated
+        self.older: dict[
+            Value, Any
+        ] = {}  # the result before the one in the store, of what may be extrapolated
         self.oldest: Tensor | None = None  # the guided prediction before that
 
     def keep(self, value: Value, result: Any) -> None:
@@ -108,7 +114,9 @@ class Worker:
         ratio = (i - b) / (b - a)
         if isinstance(last, Tensor):
             return (last.float() + ratio * (last.float() - old.float())).to(last.dtype)
-        return type(last)(*((b.float() + ratio * (b.float() - a.float())).to(b.dtype) for a, b in zip(old, last)))
+        return type(last)(
+            *((b.float() + ratio * (b.float() - a.float())).to(b.dtype) for a, b in zip(old, last))
+        )
 
     def run(self, operation: Run, i: int) -> None:
         """Run a part of the network at step i and keep what it leaves; see `schedule.Run`."""
@@ -116,7 +124,9 @@ class Worker:
         conditioning = task.batch(text)
         t = task.sampler.timesteps[i - operation.late, None].to(task.noise.device)
         given, cuts, at, of = self.store.get(operation.source), task.cuts, operation.at, operation.of
-        kept = Value("skips", text, at=0 if operation.part == "exit" else at)  # what stays here between two parts
+        kept = Value(
+            "skips", text, at=0 if operation.part == "exit" else at
+        )  # what stays here between two parts
         if operation.part in ("whole", "entry", "begin"):
             x = task.sampler.network_input(self.latents, i).to(conditioning.text.dtype)
         if operation.part == "whole" and text == "both":
@@ -143,7 +153,9 @@ class Worker:
                 self.store[kept], made = net.keys(self.store[Value("slice", text)], operation.block)
             case "attend":
                 every = [self.store.pop(keys(text, other, of, operation.block)) for other in range(1, of + 1)]
-                made = net.attend(self.store[Value("slice", text)], operation.block, self.store.pop(kept), every)
+                made = net.attend(
+                    self.store[Value("slice", text)], operation.block, self.store.pop(kept), every
+                )
             case "end":
                 made = net.end(self.store.pop(Value("slice", text)))
         self.keep(operation.leaves, made)
@@ -155,7 +167,11 @@ class Worker:
                 self.run(operation, i)
             case Send(value, to):
                 content = self.store[value]
-                tensors = (content,) if isinstance(content, Tensor) else tuple(tensor for tensor in content if tensor is not None)
+                tensors = (
+                    (content,)
+                    if isinstance(content, Tensor)
+                    else tuple(tensor for tensor in content if tensor is not None)
+                )
                 self.transport.send(value, tensors, self.rank, to)
             case Receive(value, source):
                 tensors = self.transport.receive(value, self.task.message(value), source, self.rank)
@@ -164,11 +180,15 @@ class Worker:
                 slices = [self.store.pop(prediction(text, at, of)) for at in range(1, of + 1)]
                 self.keep(prediction(text), torch.cat(slices, dim=2))  # one below the other
             case Measure():
-                self.store[DISCREPANCY] = discrepancy(self.store[prediction("cond")], self.store[prediction("uncond")])
+                self.store[DISCREPANCY] = discrepancy(
+                    self.store[prediction("cond")], self.store[prediction("uncond")]
+                )
             case Extrapolate(value, made):
                 self.store[ahead(value)] = self.extrapolate(value, made, i)
             case Guide(cond, uncond):
-                self.keep(GUIDED, guide(self.store[cond].float(), self.store[uncond].float(), self.task.guidance))
+                self.keep(
+                    GUIDED, guide(self.store[cond].float(), self.store[uncond].float(), self.task.guidance)
+                )
             case Step(along):
                 now = self.latents, self.store[along].float()
                 self.latents = self.task.sampler.step(*now, i, self.last)
@@ -202,14 +222,18 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
         start, transport.step = time.perf_counter(), i
         plan = strategy.plan(i, history, settings)
         lists = [(rank, plan.operations[rank % strategy.ranks]) for rank in here]
-        for rank, operation in interleave(lists, lambda receive, rank: transport.arrived(receive.source, rank)):
+        for rank, operation in interleave(
+            lists, lambda receive, rank: transport.arrived(receive.source, rank)
+        ):
             begun, transport.doing = clock.mark(), operation
             workers[rank].perform(operation, i)
             clock.note(rank, i, operation, begun)
         first = workers[here[0]]
         transport.settle()
         measured = first.store.pop(DISCREPANCY, None)
-        history.append(None if measured is None else float(measured))  # the one scalar that the host waits for
+        history.append(
+            None if measured is None else float(measured)
+        )  # the one scalar that the host waits for
         if task.noise.is_cuda:
             torch.cuda.synchronize()  # so that the seconds of pipelined steps are true
         seconds = time.perf_counter() - start

@@ -20,7 +20,9 @@ class Forgiving:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        stream.reconfigure(errors="backslashreplace")  # what its encoding lacks, such as anything but ASCII under LANG=C
+        stream.reconfigure(
+            errors="backslashreplace"
+        )  # what its encoding lacks, such as anything but ASCII under LANG=C
 
     def attempt(self, do: Callable, *given: str) -> None:
         try:
@@ -41,7 +43,9 @@ class Forgiving:
 
 def prepare_streams() -> None:
     """Let stdout and stderr never fail; one that was closed from the start goes nowhere."""
-    sys.stdout, sys.stderr = (Forgiving(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (
+        Forgiving(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)
+    )
 
 
 def say(text: str, error: bool = False) -> None:
@@ -82,4 +86,6 @@ def in_a_sentence(error: BaseException, rank: int, step: int, doing: str) -> str
     told = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in told:
         return f"{where} ran out of memory ({told[:200] or 'MemoryError'}): try a smaller --height and --width, --tiles, or another --dtype."
-    return f"{where} failed: {type(error).__name__}: {told[:300]} (HYBRIDIFF_TRACE=1 shows where in the code)."
+    return (
+        f"{where} failed: {type(error).__name__}: {told[:300]} (HYBRIDIFF_TRACE=1 shows where in the code)."
+    )

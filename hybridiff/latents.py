@@ -21,7 +21,9 @@ def save_latents(latents: Tensor, path: Path, seed: int, settings: dict) -> None
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
-def save_both(image: Tensor, latents: Tensor, picture: Path, kept: Path | None, seed: int, settings: dict) -> None:
+def save_both(
+    image: Tensor, latents: Tensor, picture: Path, kept: Path | None, seed: int, settings: dict
+) -> None:
     """Write the picture, and the latents where they are wanted. UsageError where that fails; of a picture that cannot be written the latents are kept."""
     try:
         save_picture(image, picture, seed, settings)
@@ -38,7 +40,9 @@ def rescue(latents: Tensor, kept: Path | None, seed: int, settings: dict) -> str
     """Keep the latents where they were wanted, or else in the folder for temporary files; what came of it and what to do, as a sentence."""
     for place in (kept, None):
         try:
-            path = place or Path(tempfile.gettempdir()) / f"hybridiff-{seed}-{secrets.token_hex(4)}.safetensors"
+            path = (
+                place or Path(tempfile.gettempdir()) / f"hybridiff-{seed}-{secrets.token_hex(4)}.safetensors"
+            )
             save_latents(latents, path, seed, settings)
         except (UsageError, OSError) as error:  # OSError: there is no folder for temporary files
             lost = str(error)
@@ -55,7 +59,12 @@ def read_latents(path: Path, channels: int) -> tuple[Tensor, int, dict]:
         seed, settings = int(told["seed"]), json.loads(told["settings"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         raise UsageError(f"--decode {path} is no file that --save-latents wrote.") from None
-    if latents.ndim != 4 or latents.shape[:2] != (1, channels) or not latents.is_floating_point() or not isinstance(settings, dict):
+    if (
+        latents.ndim != 4
+        or latents.shape[:2] != (1, channels)
+        or not latents.is_floating_point()
+        or not isinstance(settings, dict)
+    ):
         raise UsageError(f"--decode {path} holds latents of shape {tuple(latents.shape)}, which this checkpoint's autoencoder of {channels} channels"
                          " cannot decode: give the --weights that they were made with.")  # fmt: skip
     return latents.to(torch.float32), seed, settings

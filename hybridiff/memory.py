@@ -42,7 +42,9 @@ def resident() -> tuple[int, int]:
             import resource
         except ImportError:  # Windows
             return 0, 0
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
         return highest, highest
 
 
@@ -73,7 +75,10 @@ class MemoryWatch:
     def told(self) -> dict:
         """{"peak": ..., "phases": {phase: ...}}, each of {"host": bytes, "gpu": bytes on CUDA}."""
         sizes = self.phases.values()
-        return {"peak": {where: max(size[where] for size in sizes) for where in next(iter(sizes))}, "phases": self.phases}
+        return {
+            "peak": {where: max(size[where] for size in sizes) for where in next(iter(sizes))},
+            "phases": self.phases,
+        }
 
 
 def look(watch: weakref.ref) -> None:
@@ -95,7 +100,11 @@ def free_host() -> int | None:
     for _, kinds, path in groups:
         for folder in (path.lstrip("/"), ""):  # within a container its own group is the root
             home = Path("/sys/fs/cgroup", "memory" if kinds else "", folder)
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                if kinds
+                else ("memory.max", "memory.current")
+            )
             try:
                 limit, used = (int((home / name).read_text()) for name in names)
                 cache = dict(line.split() for line in (home / "memory.stat").read_text().splitlines())
@@ -105,7 +114,9 @@ def free_host() -> int | None:
     return min(sizes)
 
 
-def weight_bytes(checkpoint: Checkpoint, part: str, dtype: torch.dtype, mapped: bool, prefix: str = "") -> int:
+def weight_bytes(
+    checkpoint: Checkpoint, part: str, dtype: torch.dtype, mapped: bool, prefix: str = ""
+) -> int:
     """Bytes of a part's weights in a dtype; `mapped`: without those that the file holds in it, which stay there."""
     fitted, total = checkpoint.part(part), 0
     for name, tensor in fitted.module.state_dict().items():
@@ -128,16 +139,27 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
     """What each phase needs at least, in words, and its bytes of host memory and of GPU memory."""
     cuda, held = where.cuda, (0, 0)
 
-    def needed(weights: int, more: int = 0, on_gpu: bool = cuda, ranks: int = where.ranks, sharing: int = where.sharing, of: int = 1) -> tuple[int, int]:
+    def needed(
+        weights: int,
+        more: int = 0,
+        on_gpu: bool = cuda,
+        ranks: int = where.ranks,
+        sharing: int = where.sharing,
+        of: int = 1,
+    ) -> tuple[int, int]:
         """Bytes on (host, GPU) with what is held from the phases before; where networks are kept, these weights are from now on, by one rank `of` so many."""
         nonlocal held
         host, gpu = held
         if where.kept:
-            held = (host, gpu + weights * (sharing // of)) if on_gpu else (host + weights * (ranks // of), gpu)
+            held = (
+                (host, gpu + weights * (sharing // of)) if on_gpu else (host + weights * (ranks // of), gpu)
+            )
         return (host, gpu + (weights + more) * sharing) if on_gpu else (host + (weights + more) * ranks, gpu)
 
     precision = str(request.dtype).removeprefix("torch.")
-    no_text = checkpoint.family == "sdxl" and checkpoint.zero_negative and request.negative_prompt is None  # for ranks without the prompt
+    no_text = (
+        checkpoint.family == "sdxl" and checkpoint.zero_negative and request.negative_prompt is None
+    )  # for ranks without the prompt
     of = 2 if no_text and where.ranks > 1 else 1
     for part in ENCODERS:
         if part in checkpoint.parts:
@@ -145,7 +167,10 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
             if part == "t5" and (request.t5 != "device" or not cuda):  # it stays as it is stored
                 on_gpu, dtype = cuda and request.t5 == "fp8", checkpoint.dtype("t5")
             weights = weight_bytes(checkpoint, part, dtype, not on_gpu)
-            yield f"text encoder {part} in {str(dtype).removeprefix('torch.')}", *needed(weights, on_gpu=on_gpu, of=of)
+            yield (
+                f"text encoder {part} in {str(dtype).removeprefix('torch.')}",
+                *needed(weights, on_gpu=on_gpu, of=of),
+            )
     config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
     height, width = request.height // vae.factor, request.width // vae.factor
     if isinstance(config, UNetConfig):
@@ -153,14 +178,21 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
     else:
         features = (height // config.patch) * (width // config.patch) * config.width
     weights = weight_bytes(checkpoint, "denoiser", request.dtype, not cuda)
-    yield f"the denoiser in {precision} at {request.width} x {request.height}", *needed(weights, FEATURES * features * request.dtype.itemsize)
-    pixel = 4 * vae.channels * max(vae.multipliers[:2])  # bytes of the widest features at the full size, in fp32
+    yield (
+        f"the denoiser in {precision} at {request.width} x {request.height}",
+        *needed(weights, FEATURES * features * request.dtype.itemsize),
+    )
+    pixel = (
+        4 * vae.channels * max(vae.multipliers[:2])
+    )  # bytes of the widest features at the full size, in fp32
     weights = weight_bytes(checkpoint, "vae", torch.float32, not cuda, "decoder.")
     pixels, words = request.height * request.width, f"the decoder at {request.width} x {request.height}"
     if not (request.tiles and pixels > LARGE):  # one picture, on one rank
         yield words, *needed(weights, 3 * pixels * pixel, ranks=1, sharing=1)
     else:
-        host, gpu = needed(weights, 3 * min(height, TILE) * min(width, TILE) * vae.factor**2 * pixel, ranks=1, sharing=1)
+        host, gpu = needed(
+            weights, 3 * min(height, TILE) * min(width, TILE) * vae.factor**2 * pixel, ranks=1, sharing=1
+        )
         yield f"{words} in tiles", host + pixels * pixel, gpu
 
 
@@ -172,12 +204,18 @@ def fits(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple[i
 def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple[int, int]) -> list[str]:
     """What would make it fit, each by itself."""
     tries = {"--tiles": {"tiles": True}}
-    tries |= {f"--dtype {str(dtype).removeprefix('torch.')}": {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16) if dtype != request.dtype}
+    tries |= {
+        f"--dtype {str(dtype).removeprefix('torch.')}": {"dtype": dtype}
+        for dtype in (torch.bfloat16, torch.float16)
+        if dtype != request.dtype
+    }
     if "t5" in checkpoint.parts:
         tries |= {"--t5 cpu": {"t5": "cpu"}} if where.cuda else {}
         tries |= {"--t5 fp8": {"t5": "fp8"}} if checkpoint.dtype("t5").itemsize == 1 else {}
     tries["a smaller --height and --width"] = {"height": request.height // 4, "width": request.width // 4}
-    good = [name for name, change in tries.items() if fits(checkpoint, replace(request, **change), where, free)]
+    good = [
+        name for name, change in tries.items() if fits(checkpoint, replace(request, **change), where, free)
+    ]
     if "t5" in checkpoint.parts and not good:
         t5 = checkpoint.fitted.pop("t5")
         good += ["--no-t5"] if fits(checkpoint, request, where, free) else []
@@ -189,7 +227,9 @@ def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple
     return good
 
 
-def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.device, world: int, team: int, kept: bool) -> None:
+def refuse_too_large(
+    checkpoint: Checkpoint, request: "Request", device: torch.device, world: int, team: int, kept: bool
+) -> None:
     """UsageError, with the figures and what would help, where a phase plainly needs more memory than is free.
 
     `team`: ranks that make a picture together. `kept`: more pictures follow, which all teams make, and for which the networks stay loaded.
@@ -199,7 +239,11 @@ def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.d
     if not kept:
         ranks = min(ranks, team)
     sharing = -(-ranks // max(1, torch.cuda.device_count())) if cuda else 1
-    if isinstance(checkpoint.config("denoiser"), UNetConfig) and request.strategy != "one-branch" and not request.balance:
+    if (
+        isinstance(checkpoint.config("denoiser"), UNetConfig)
+        and request.strategy != "one-branch"
+        and not request.balance
+    ):
         ranks = max(1, ranks * min(team, 2) // team)  # a U-Net's spare ranks hold little or nothing
         sharing = min(sharing, ranks)
     host = free_host()
@@ -211,5 +255,9 @@ def refuse_too_large(checkpoint: Checkpoint, request: "Request", device: torch.d
         for need, there, where in zip(needed, free, ("memory", f"memory of {device}")):
             if need > there:
                 on = f" on {ranks} ranks" if ranks > 1 and not words.startswith("the decoder") else ""
-                helps = " or ".join(advice(checkpoint, request, where_all, free)) or "a machine with more of it"
-                raise UsageError(f"{words}{on} needs at least {need / 1e9:,.1f} GB of {where}, and {there / 1e9:,.1f} GB are free: try {helps}.")
+                helps = (
+                    " or ".join(advice(checkpoint, request, where_all, free)) or "a machine with more of it"
+                )
+                raise UsageError(
+                    f"{words}{on} needs at least {need / 1e9:,.1f} GB of {where}, and {there / 1e9:,.1f} GB are free: try {helps}."
+                )

@@ -21,8 +21,24 @@ from hybridiff.transport import Transport, nccl_problem, place
 from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
-SAVING = ("step-extrapolation", "inner-reuse", "guided-pipeline")  # the strategies that --full-first and --reused steer
-OF_DECODING = ("decode", "weights", "text_encoders", "t5_tokenizer", "no_t5", "device", "threads", "tiles", "timeout", "out", "overwrite")  # options that go with --decode
+SAVING = (
+    "step-extrapolation",
+    "inner-reuse",
+    "guided-pipeline",
+)  # the strategies that --full-first and --reused steer
+OF_DECODING = (
+    "decode",
+    "weights",
+    "text_encoders",
+    "t5_tokenizer",
+    "no_t5",
+    "device",
+    "threads",
+    "tiles",
+    "timeout",
+    "out",
+    "overwrite",
+)  # options that go with --decode
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -48,54 +64,155 @@ def as_utf8(text: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(usage="%(prog)s [options]", description="Make a picture with one process or with torchrun on two ranks or more.", allow_abbrev=False)
+    parser = Parser(
+        usage="%(prog)s [options]",
+        description="Make a picture with one process or with torchrun on two ranks or more.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument_group("the checkpoint").add_argument
-    add("--weights", default="demo-sdxl", help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id (default: demo-sdxl)")
-    add("--check", action="store_true", help="only say what the checkpoint holds and lacks (reads headers, no tensors)")
-    add("--text-encoders", nargs="+", default=(), metavar="FILE", help="clip_l, clip_g, t5xxl in files of their own")
+    add(
+        "--weights",
+        default="demo-sdxl",
+        help="demo-sdxl, demo-sd3, a .safetensors file, a folder or a hub id (default: demo-sdxl)",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="only say what the checkpoint holds and lacks (reads headers, no tensors)",
+    )
+    add(
+        "--text-encoders",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="clip_l, clip_g, t5xxl in files of their own",
+    )
     add("--t5-tokenizer", metavar="FILE", help="T5's spiece.model, if not beside the checkpoint")
     add("--no-t5", action="store_true", help="leave T5 out (SD3)")
-    add("--t5", choices=("device", "cpu", "fp8"), default="device", help="where T5 runs: on the device (the default), on the CPU, or on the device in its stored fp8 (SD3)")
+    add(
+        "--t5",
+        choices=("device", "cpu", "fp8"),
+        default="device",
+        help="where T5 runs: on the device (the default), on the CPU, or on the device in its stored fp8 (SD3)",
+    )
     add = parser.add_argument_group("the picture").add_argument
-    add("--prompt", type=as_utf8, action="append", help="what to draw (default: the demo's own prompt; with other weights nothing); several make several pictures")
+    add(
+        "--prompt",
+        type=as_utf8,
+        action="append",
+        help="what to draw (default: the demo's own prompt; with other weights nothing); several make several pictures",
+    )
     add("--negative-prompt", type=as_utf8, help="what to keep out")
     add("--height", type=int, help="pixels (default: the checkpoint's)")
     add("--width", type=int, help="pixels (default: the checkpoint's)")
     add("--seed", type=int, help="0 to 2**63 - 1; drawn and printed if not given")
     add("--steps", type=int, default=50, help="of the sampler (default: 50)")
-    add("--guidance", type=float, help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)")
+    add(
+        "--guidance",
+        type=float,
+        help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)",
+    )
     add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
     add = parser.add_argument_group("several pictures").add_argument
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance")
-    add("--images-per-prompt", type=int, default=1, metavar="N", help="pictures of each prompt; the seed goes up by one (default: 1)")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or JSON lines with prompt, negative_prompt, seed, height, width, guidance",
+    )
+    add(
+        "--images-per-prompt",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures of each prompt; the seed goes up by one (default: 1)",
+    )
     add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
-    add("--layout", choices=("pairs", "layers"), help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)")
+    add(
+        "--layout",
+        choices=("pairs", "layers"),
+        help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)",
+    )
     add = parser.add_argument_group("how it is shared").add_argument
-    add("--preset", default="balanced", choices=PRESETS, help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items()) + " (default: balanced)")
-    add("--strategy", help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
-        "guided-pipeline (one process or two ranks; the first three also more)")
-    add("--explain", action="store_true", help="only print the schedule: operations, timeline, ideal cost, bytes")
-    add("--reused", type=int, help="steps that step-extrapolation, inner-reuse and guided-pipeline save (default: the preset's share)")
-    add("--full-first", type=int, help="full steps before those that may be saved (default: 5 and a fifth of the steps)")
-    add("--window", type=int, help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)")
-    add("--slope", type=float, help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)")
-    add("--cap", type=int, help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)")
+    add(
+        "--preset",
+        default="balanced",
+        choices=PRESETS,
+        help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items())
+        + " (default: balanced)",
+    )
+    add(
+        "--strategy",
+        help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
+        "guided-pipeline (one process or two ranks; the first three also more)",
+    )
+    add(
+        "--explain",
+        action="store_true",
+        help="only print the schedule: operations, timeline, ideal cost, bytes",
+    )
+    add(
+        "--reused",
+        type=int,
+        help="steps that step-extrapolation, inner-reuse and guided-pipeline save (default: the preset's share)",
+    )
+    add(
+        "--full-first",
+        type=int,
+        help="full steps before those that may be saved (default: 5 and a fifth of the steps)",
+    )
+    add(
+        "--window",
+        type=int,
+        help="L: steps over which the slope is averaged (default: the paper's, scaled from 50 steps)",
+    )
+    add(
+        "--slope",
+        type=float,
+        help="g: switch when the fall a step is below it (default: the paper's, scaled from 50 steps)",
+    )
+    add(
+        "--cap",
+        type=int,
+        help="tau_cap: switch here at the latest (default: the paper's, scaled from 50 steps)",
+    )
     add("--interval", type=int, help="k: tau2 = tau1 + k (default: the paper's, scaled from 50 steps)")
-    add("--balance", action="store_true", help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike")
+    add(
+        "--balance",
+        action="store_true",
+        help="choose where paper cuts the network from the measured times of its parts, for devices that are not alike",
+    )
     add = parser.add_argument_group("the machine").add_argument
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)",
+    )
     add("--threads", type=int, default=1, help="torch's threads a process on the CPU (default: 1)")
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
-    add("--transport", choices=("auto", "nccl", "gloo"), default="auto", help="how ranks send: auto (the default) is nccl where each has a GPU of its own, else gloo")
+    add(
+        "--transport",
+        choices=("auto", "nccl", "gloo"),
+        default="auto",
+        help="how ranks send: auto (the default) is nccl where each has a GPU of its own, else gloo",
+    )
     add("--timeout", type=float, default=600.0, help="seconds to wait for a silent rank (default: 600)")
     add = parser.add_argument_group("what is written").add_argument
-    add("--out", type=Path, help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)")
+    add(
+        "--out",
+        type=Path,
+        help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)",
+    )
     add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
     add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
     add("--decode", type=Path, metavar="FILE", help="only make the picture of kept latents")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.json and DIR/report.html")
-    add("--compare-serial", action="store_true", help="for the report, make the picture by serial too (rank 0)")
+    add(
+        "--compare-serial",
+        action="store_true",
+        help="for the report, make the picture by serial too (rank 0)",
+    )
     return parser.parse_args()
 
 
@@ -120,7 +237,9 @@ def check_text(name: str, text: str | None) -> None:
     """UsageError where a text has lone surrogates: bytes of the command line that are no UTF-8, or half of a pair in JSON."""
     for number, character in enumerate(text or "", 1):
         if "\ud800" <= character <= "\udfff":
-            raise UsageError(f"{name} is no Unicode text at its character {number} (U+{ord(character):04X} alone): write it in UTF-8.")
+            raise UsageError(
+                f"{name} is no Unicode text at its character {number} (U+{ord(character):04X} alone): write it in UTF-8."
+            )
 
 
 def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -130,7 +249,9 @@ def usual_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if checkpoint.dtype("denoiser") == torch.bfloat16 else torch.float16
 
 
-def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, own: dict) -> Request:
+def make_request(
+    args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, own: dict
+) -> Request:
     """What a picture has of its `own`, else the options, and where none is given the checkpoint's defaults, then the family's."""
     args = argparse.Namespace(**vars(args) | {"prompt": None} | own)
     family, defaults = checkpoint.family, checkpoint.defaults
@@ -142,24 +263,38 @@ def make_request(args: argparse.Namespace, checkpoint: Checkpoint, device: torch
     for name in ("prompt", "negative_prompt"):
         check_text(f"--{name.replace('_', '-')}", getattr(args, name))
     if not 1 <= args.steps < TRAINING_STEPS:
-        raise UsageError(f"--steps {shown(str(args.steps), 20)} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
+        raise UsageError(
+            f"--steps {shown(str(args.steps), 20)} is out of range: give a number from 1 to {TRAINING_STEPS - 1}."
+        )
     given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
-    rule = replace(paper_rule(family, args.steps), **{key: value for key, value in given_rule.items() if value is not None})
+    rule = replace(
+        paper_rule(family, args.steps),
+        **{key: value for key, value in given_rule.items() if value is not None},
+    )
     strategy = args.strategy or PRESETS[args.preset].strategy
-    for names, whose in ((("window", "slope", "cap", "interval"), ("paper",)), (("full_first", "reused"), SAVING)):
+    for names, whose in (
+        (("window", "slope", "cap", "interval"), ("paper",)),
+        (("full_first", "reused"), SAVING),
+    ):
         for name in names:
             if getattr(args, name) is not None and strategy not in whose:
-                raise UsageError(f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out.")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out."
+                )
     guidance = either("guidance", GUIDANCE[family])
     if guidance <= 1 and args.negative_prompt:
-        raise UsageError(f"--negative-prompt does nothing where guidance {guidance:g} is none: leave it out, or give more --guidance.")
+        raise UsageError(
+            f"--negative-prompt does nothing where guidance {guidance:g} is none: leave it out, or give more --guidance."
+        )
     if guidance <= 1 and strategy in strategies(family):
         strategy = "one-branch"
     usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share, args.full_first)
     room = len(usual.choices(args.steps))
     if args.reused is not None and args.reused > room:
         kept = f"the first {usual.start} and the last {usual.end} of {args.steps} steps"
-        raise UsageError(f"--reused {args.reused} is out of range: give at most {room}, as {kept} are never saved.")
+        raise UsageError(
+            f"--reused {args.reused} is out of range: give at most {room}, as {kept} are never saved."
+        )
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed {args.seed} is out of range: give a number from 0 to 2**63 - 1.")
     if args.compare_serial and not args.report:
@@ -192,11 +327,15 @@ def team_size(args: argparse.Namespace, ranks: int, world: int) -> int:
     if (args.layout or ("pairs" if args.several else "layers")) == "layers" or world == 1:
         return world
     if world % ranks:
-        raise UsageError(f"{world} ranks do not make teams of {ranks}: set --nproc_per_node to a multiple of {ranks}.")
+        raise UsageError(
+            f"{world} ranks do not make teams of {ranks}: set --nproc_per_node to a multiple of {ranks}."
+        )
     return ranks
 
 
-def that_can_be_made(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int) -> list[Request]:
+def that_can_be_made(
+    args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, world: int
+) -> list[Request]:
     """The requests of all pictures that can be made; UsageError if there is none (else the others fail at their turn). Sets args.team_size, and args.plans: the strategies in words."""
     known, problems, good = [], [], []
     for own in args.told:
@@ -223,7 +362,9 @@ def check_several(args: argparse.Namespace) -> None:
     """UsageError in what cannot be had with several pictures, and where the folder is in use."""
     for name in ("report", "save_latents", "compare_serial", "explain", "decode", "balance"):
         if getattr(args, name):
-            raise UsageError(f"--{name.replace('_', '-')} is for one picture: leave it out, or ask for one prompt.")
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for one picture: leave it out, or ask for one prompt."
+            )
     if not 1 <= args.images_per_prompt <= 10**6:
         raise UsageError(f"--images-per-prompt {args.images_per_prompt} is out of range: give 1 to 1000000.")
     args.out = args.out or Path("pictures")
@@ -231,10 +372,14 @@ def check_several(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         probe_names = [*args.out.glob("*.png"), *args.out.glob("manifest.jsonl")]
     except OSError as error:
-        raise UsageError(f"--out {args.out} cannot be made a folder ({error.strerror}); several pictures go into one.") from None
+        raise UsageError(
+            f"--out {args.out} cannot be made a folder ({error.strerror}); several pictures go into one."
+        ) from None
     check_writable(args.out / "manifest.jsonl", overwrite=True)
     if probe_names and not (args.resume or args.overwrite):
-        raise UsageError(f"--out {args.out} holds pictures already: give --resume to go on with them, --overwrite, or another folder.")
+        raise UsageError(
+            f"--out {args.out} holds pictures already: give --resume to go on with them, --overwrite, or another folder."
+        )
 
 
 def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
@@ -247,15 +392,30 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     if args.check:
         return args, checkpoint, None, device
     if args.decode and (others := [name for name in args.given if name not in OF_DECODING]):
-        raise UsageError(f"--{others[0].replace('_', '-')} is for a picture that is sampled, and --decode only decodes one: leave one of them out.")
+        raise UsageError(
+            f"--{others[0].replace('_', '-')} is for a picture that is sampled, and --decode only decodes one: leave one of them out."
+        )
     sends = not args.explain and not args.decode
-    if sends and args.transport == "nccl" and (problem := "there is one process, which sends nothing" if transport.world == 1 else nccl_problem(device)):
+    if (
+        sends
+        and args.transport == "nccl"
+        and (
+            problem := "there is one process, which sends nothing"
+            if transport.world == 1
+            else nccl_problem(device)
+        )
+    ):
         raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
     if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
-        checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')})."]
+        checkpoint.remarks = [
+            *checkpoint.remarks,
+            f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')}).",
+        ]
     if lacking := needs(checkpoint) if not args.decode else []:
         raise UsageError(" ".join(lacking))
-    args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (read_prompts(args.prompts) if args.prompts else [])
+    args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (
+        read_prompts(args.prompts) if args.prompts else []
+    )
     args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
     args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
     requests = that_can_be_made(args, checkpoint, device, transport.world)
@@ -263,13 +423,17 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     if not args.explain and not args.decode:
         refuse_too_large(checkpoint, largest, device, transport.world, args.team_size, kept=args.several)
     if args.resume and not args.several:
-        raise UsageError("--resume goes on with several pictures, and one is asked for: leave it out, or ask for more.")
+        raise UsageError(
+            "--resume goes on with several pictures, and one is asked for: leave it out, or ask for more."
+        )
     if args.several:
         check_several(args)
     elif transport.rank == 0 and not args.explain:
         args.out = args.out or free_name(Path("picture.png"))
         if args.save_latents and args.save_latents.resolve() == args.out.resolve():
-            raise UsageError(f"--save-latents and --out are the same file, {shown(str(args.out))}: give each its own.")
+            raise UsageError(
+                f"--save-latents and --out are the same file, {shown(str(args.out))}: give each its own."
+            )
         for path in filter(None, (args.out, args.save_latents)):
             check_writable(path, args.overwrite)
         if args.report:
@@ -291,7 +455,11 @@ def numbers(request: Request) -> str:
         return f"one-branch (guidance {request.guidance:g} is none: there is nothing to split)"
     if request.strategy not in SAVING:
         return request.strategy
-    steps = reuse.consecutive(request.steps) if request.strategy == "guided-pipeline" else reuse.spread(request.steps)
+    steps = (
+        reuse.consecutive(request.steps)
+        if request.strategy == "guided-pipeline"
+        else reuse.spread(request.steps)
+    )
     return f"{request.strategy} ({len(steps)} of {request.steps} steps save work, the first {reuse.start} and the last {reuse.end} never)"
 
 

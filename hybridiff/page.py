@@ -75,7 +75,11 @@ def table(head: list[str], rows: list[list[object]], numbers: bool = True) -> st
 
     def row(cells: list[object], tag: str) -> str:
         kinds = ["", *[' class="number"' if numbers else ""] * (len(cells) - 1)]
-        return "<tr>" + "".join(f"<{tag}{kind}>{escape(str(cell))}</{tag}>" for kind, cell in zip(kinds, cells)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{kind}>{escape(str(cell))}</{tag}>" for kind, cell in zip(kinds, cells))
+            + "</tr>"
+        )
 
     body = "".join(row(cells, "td") for cells in rows)
     return f'<div class="wide"><table>{row(head, "th") if head else ""}{body}</table></div>'
@@ -83,7 +87,11 @@ def table(head: list[str], rows: list[list[object]], numbers: bool = True) -> st
 
 def key(entries: dict[str, str]) -> str:
     """What the colours mean: class -> words."""
-    return '<p class="key">' + "".join(f'<span><i class="{cls}"></i>{escape(said)}</span>' for cls, said in entries.items()) + "</p>"
+    return (
+        '<p class="key">'
+        + "".join(f'<span><i class="{cls}"></i>{escape(said)}</span>' for cls, said in entries.items())
+        + "</p>"
+    )
 
 
 def picture(image: Tensor, caption: str, alt: str) -> str:
@@ -102,7 +110,11 @@ def pictures(report: dict, image: Tensor, serial: Tensor | None) -> str:
     told = report["serial"]
     distance = "the same pixels" if told["equal"] else f"PSNR {told['psnr']:.1f} dB (higher is closer)"
     ours = picture(image, f"made by strategy <b>{name}</b>: {denoising(report):.1f} s of denoising", prompt)
-    theirs = picture(serial, f"made by <b>serial</b>, both branches one after the other: {told['seconds']:.1f} s of denoising", prompt)
+    theirs = picture(
+        serial,
+        f"made by <b>serial</b>, both branches one after the other: {told['seconds']:.1f} s of denoising",
+        prompt,
+    )
     return f'<div class="pictures">{ours}{theirs}</div><p><b>Against serial:</b> {distance}.</p>'
 
 
@@ -119,13 +131,24 @@ def stages_section(report: dict) -> str:
     """The stages in words, with their steps and seconds."""
     pieces = ["<h2>The stages</h2>"]
     if report["settings"]["strategy"] in ("serial", "batched"):
-        return pieces[0] + "<p>One process evaluates the network with the prompt and without it, in every step. There is only one stage.</p>"
+        return (
+            pieces[0]
+            + "<p>One process evaluates the network with the prompt and without it, in every step. There is only one stage.</p>"
+        )
     if report["settings"]["strategy"] == "one-branch":
-        return pieces[0] + "<p>Without guidance the network is evaluated once a step, with the prompt. There is only one stage.</p>"
+        return (
+            pieces[0]
+            + "<p>Without guidance the network is evaluated once a step, with the prompt. There is only one stage.</p>"
+        )
     for stage, a, b in runs_of([step["stage"] for step in report["steps"]]):
         spent = sum(step["seconds"] for step in report["steps"][a : b + 1])
-        pieces.append(f'<p class="key"><span><i class="{stage}"></i><b>{stage}</b>, {span(a, b)}, {spent:.2f} s</span></p>')
-        told = {"warm-up": full_step_words(report), "fully-connecting": "As in the warm-up again, so that guidance can settle the details."}
+        pieces.append(
+            f'<p class="key"><span><i class="{stage}"></i><b>{stage}</b>, {span(a, b)}, {spent:.2f} s</span></p>'
+        )
+        told = {
+            "warm-up": full_step_words(report),
+            "fully-connecting": "As in the warm-up again, so that guidance can settle the details.",
+        }
         pieces.append(f"<p>{told.get(stage) or MIDDLE_WORDS[report['settings']['strategy']]}</p>")
     return "".join(pieces)
 
@@ -136,8 +159,16 @@ def full_step_words(report: dict) -> str:
     share = "Each rank evaluates the whole network, one with the prompt and one without."
     if ranks > 2:
         share = "The first half of the ranks works without the prompt, the second with it. In each half "
-        share += "every rank evaluates its share of the picture and of the text." if divided else "one rank evaluates the whole network, the others wait."
-    return share + " They swap the two predictions. The result is what one device would compute" + (", but for rounding." if divided else ".")
+        share += (
+            "every rank evaluates its share of the picture and of the text."
+            if divided
+            else "one rank evaluates the whole network, the others wait."
+        )
+    return (
+        share
+        + " They swap the two predictions. The result is what one device would compute"
+        + (", but for rounding." if divided else ".")
+    )
 
 
 def why(switch: Switch | None, settings: dict) -> str:
@@ -188,26 +219,44 @@ def timeline_section(report: dict, result: Result) -> str:
     ranks, processes = len(report["ranks"]), report["settings"]["ranks"]
     pieces = ["<h2>What each rank did</h2>", "<p>Measured, not computed. Time runs to the right.</p>"]
     if processes < ranks:
-        pieces.append(f"<p>One process played all {ranks} ranks in turn, so their work does not overlap here.</p>")
+        pieces.append(
+            f"<p>One process played all {ranks} ranks in turn, so their work does not overlap here.</p>"
+        )
     pieces.append(
-        key({"run": "computes", "send": "posts a message", "wait": "waits and receives", "other": "guides, measures, steps"})
+        key(
+            {
+                "run": "computes",
+                "send": "posts a message",
+                "wait": "waits and receives",
+                "other": "guides, measures, steps",
+            }
+        )
     )
     pieces.append(timeline_chart(result.bars, ranks, stages))
     middle = [step for step, stage in enumerate(stages) if stage == "parallelism"]
     if middle:
         first, last = (min(max(step, 0), len(stages) - 1) for step in detail(middle))
         pieces.append(f'<p class="soft">The same, only {span(first, last)}:</p>')
-        pieces.append(timeline_chart([bar for bar in result.bars if first <= bar.step <= last], ranks, stages))
+        pieces.append(
+            timeline_chart([bar for bar in result.bars if first <= bar.step <= last], ranks, stages)
+        )
     rows = []
     for rank, told in enumerate(report["ranks"]):
         for stage, a, b in runs_of(stages):
-            sums = [sum(step[name] for step in told[a : b + 1]) for name in ("compute", "send", "wait", "other")]
+            sums = [
+                sum(step[name] for step in told[a : b + 1]) for name in ("compute", "send", "wait", "other")
+            ]
             rows.append([f"rank {rank}, {stage}", *(f"{seconds:.3f}" for seconds in sums)])
     pieces.append(table(["seconds", "compute", "send", "wait", "other"], rows))
     rows = []
     for i, step in enumerate(report["steps"]):
         for rank, told in enumerate(report["ranks"]):
-            rows.append([f"{i}, rank {rank}", *(f"{1000 * told[i][name]:.2f}" for name in ("compute", "send", "wait", "other"))])
+            rows.append(
+                [
+                    f"{i}, rank {rank}",
+                    *(f"{1000 * told[i][name]:.2f}" for name in ("compute", "send", "wait", "other")),
+                ]
+            )
     every = table(["step", "compute", "send", "wait", "other"], rows)
     pieces.append(f"<details><summary>Every step, in milliseconds</summary>{every}</details>")
     return "".join(pieces)
@@ -225,41 +274,79 @@ def bytes_section(report: dict) -> str:
 def memory_section(report: dict) -> str:
     """The highest memory of every rank in every phase."""
     ranks = report["memory"]
-    head = [f"rank {rank}{', GPU' if where == 'gpu' else ''}" for rank, told in enumerate(ranks) for where in told["peak"]]
+    head = [
+        f"rank {rank}{', GPU' if where == 'gpu' else ''}"
+        for rank, told in enumerate(ranks)
+        for where in told["peak"]
+    ]
     phases = list(dict.fromkeys(phase for told in ranks for phase in told["phases"]))  # rank 0 alone decodes
 
     def row(name: str, sizes: list[dict]) -> list[str]:
-        return [name, *(f"{size[where] / 1e6:,.0f}" if where in size else "" for told, size in zip(ranks, sizes) for where in told["peak"])]
+        return [
+            name,
+            *(
+                f"{size[where] / 1e6:,.0f}" if where in size else ""
+                for told, size in zip(ranks, sizes)
+                for where in told["peak"]
+            ),
+        ]
 
     rows = [row(phase, [told["phases"].get(phase, {}) for told in ranks]) for phase in phases]
     rows.append(row("the highest", [told["peak"] for told in ranks]))
     return (
         "<h2>Memory</h2><p>The most that each rank had at once, in MB: memory of the host as the operating system counts it (mapped weight files are in it, also where "
-        "ranks share them)" + (", and what was allocated on the GPU." if "gpu" in ranks[0]["peak"] else ".") + "</p>" + table(["phase, MB", *head], rows)
+        "ranks share them)"
+        + (", and what was allocated on the GPU." if "gpu" in ranks[0]["peak"] else ".")
+        + "</p>"
+        + table(["phase, MB", *head], rows)
     )
 
 
 def make_page(report: dict, request: Request, result: Result, serial: Tensor | None = None) -> str:
     """The page as text, from the report and the image; `serial`, (H, W, 3) uint8, is the same prompt's picture by serial."""
     settings, steps = report["settings"], len(report["steps"])
-    switch = find_switch([r.discrepancy for r in result.records], request.rule) if report["tau1"] is not None else None
+    switch = (
+        find_switch([r.discrepancy for r in result.records], request.rule)
+        if report["tau1"] is not None
+        else None
+    )
     prompt = escape(settings["prompt"] or "(no prompt)")
     played = settings["ranks"] < len(report["ranks"])
-    who = f"{len(report['ranks'])} ranks, played by one process" if played else f"{settings['ranks']} ranks" if settings["ranks"] > 1 else "one process"
-    faster = report["serial"]["seconds"] / denoising(report) if serial is not None and settings["ranks"] > 1 else None
+    who = (
+        f"{len(report['ranks'])} ranks, played by one process"
+        if played
+        else f"{settings['ranks']} ranks"
+        if settings["ranks"] > 1
+        else "one process"
+    )
+    faster = (
+        report["serial"]["seconds"] / denoising(report)
+        if serial is not None and settings["ranks"] > 1
+        else None
+    )
     facts = {
         "seconds of denoising": f"{denoising(report):.2f}",
         **({"times as fast as serial": f"{faster:.2f}"} if faster else {}),
         "steps": steps,
         "evaluated by": who,
-        **({"tau1, tau2": f"{switch.tau1}, {switch.tau2}" if switch else "never switched"} if settings["strategy"] == "paper" else {}),
+        **(
+            {"tau1, tau2": f"{switch.tau1}, {switch.tau2}" if switch else "never switched"}
+            if settings["strategy"] == "paper"
+            else {}
+        ),
         "bytes sent": f"{report['bytes_sent']['total']:,}",
         "seed": report["seed"],
     }
-    cards = "".join(f"<div><span>{name}</span><b>{escape(str(value))}</b></div>" for name, value in facts.items())
+    cards = "".join(
+        f"<div><span>{name}</span><b>{escape(str(value))}</b></div>" for name, value in facts.items()
+    )
     phases = [[phase, *(f"{spent:.2f}" for spent in seconds)] for phase, seconds in report["seconds"].items()]
-    processes = [f"rank {rank}" for rank in range(settings["ranks"])] if settings["ranks"] > 1 else ["seconds"]
-    plain = [[name, "" if value is None else value] for name, value in {**settings, **report["versions"]}.items()]
+    processes = (
+        [f"rank {rank}" for rank in range(settings["ranks"])] if settings["ranks"] > 1 else ["seconds"]
+    )
+    plain = [
+        [name, "" if value is None else value] for name, value in {**settings, **report["versions"]}.items()
+    ]
     body = [
         f"<h1>{prompt}</h1>",
         "<p>A diffusion model begins with noise and takes it away step by step. In every step the network is asked twice, with the prompt and "
@@ -269,7 +356,11 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
         *(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in in_use(report["use"])),
         f'<div class="facts">{cards}</div>',
         stages_section(report),
-        *([curve_section(report, request, switch)] if any(step["discrepancy"] is not None for step in report["steps"]) else []),
+        *(
+            [curve_section(report, request, switch)]
+            if any(step["discrepancy"] is not None for step in report["steps"])
+            else []
+        ),
         timeline_section(report, result),
         bytes_section(report),
         memory_section(report),
@@ -280,9 +371,16 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
     ]
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{prompt}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
 
 
 def save_page(page: str, folder: Path) -> None:
     """Write folder/report.html."""
-    write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    write_whole(
+        folder / "report.html",
+        lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace"),
+    )

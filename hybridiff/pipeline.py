@@ -60,7 +60,9 @@ class Result:
 
     image: Tensor | None  # (height, width, 3) uint8 on the CPU; may be None on ranks other than 0
     records: list[StepRecord]
-    seconds: dict[str, list[float]]  # by phase, of every rank; "waiting" is that for the others before the first step and after decoding
+    seconds: dict[
+        str, list[float]
+    ]  # by phase, of every rank; "waiting" is that for the others before the first step and after decoding
     bytes_sent: dict[str, int]  # by kind of value, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
     memory: list[dict]  # of every rank, see memory.MemoryWatch.told
@@ -74,9 +76,13 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
     largest = getattr(denoiser, "largest", None)
     for name, side in (("height", height), ("width", width)):
         if side < multiple or side % multiple:
-            raise UsageError(f"--{name} {side} does not fit this network: give a positive multiple of {multiple}.")
+            raise UsageError(
+                f"--{name} {side} does not fit this network: give a positive multiple of {multiple}."
+            )
         if largest is not None and side > largest * factor:
-            raise UsageError(f"--{name} {side} is beyond this network's positions: give at most {largest * factor}.")
+            raise UsageError(
+                f"--{name} {side} is beyond this network's positions: give at most {largest * factor}."
+            )
         if side > LARGEST:
             raise UsageError(f"--{name} {side} is too large: give at most {LARGEST}.")
 
@@ -88,22 +94,35 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
         raise UsageError(f"--strategy {request.strategy} is unknown: choose one of {', '.join(known)}.")
     strategy = known[request.strategy]
     if request.strategy == "one-branch" and request.guidance > 1:
-        raise UsageError(f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}.")
+        raise UsageError(
+            f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}."
+        )
     config = checkpoint.config("denoiser")
     counts = strategy.counts(config)
     if world in counts:
         strategy = strategy.on(world, config)
     elif world not in (None, 1) and request.strategy != "one-branch":
         possible = f"1 process{f' or {in_words(counts)} ranks' if counts != [1] else ''}{' with this network' if strategy.many else ''}"
-        raise UsageError(f"--strategy {request.strategy} runs on {possible}, not on {world}: set --nproc_per_node so.")
+        raise UsageError(
+            f"--strategy {request.strategy} runs on {possible}, not on {world}: set --nproc_per_node so."
+        )
     if request.balance and request.strategy == "one-branch":
-        raise UsageError(f"--balance has nothing to balance where guidance {request.guidance:g} is none: leave it out, or give more --guidance.")
+        raise UsageError(
+            f"--balance has nothing to balance where guidance {request.guidance:g} is none: leave it out, or give more --guidance."
+        )
     if request.balance and (request.strategy != "paper" or world == 1):
-        raise UsageError("--balance chooses where paper cuts the network for several ranks: add --strategy paper and start them by torchrun, or leave it out.")
+        raise UsageError(
+            "--balance chooses where paper cuts the network for several ranks: add --strategy paper and start them by torchrun, or leave it out."
+        )
     rule = request.rule
     if not math.isfinite(rule.slope):
         raise UsageError(f"--slope {rule.slope} is not a finite number: give one, such as 4e-4.")
-    for name, value, least in (("window", rule.window, 2), ("slope", rule.slope, 0), ("cap", rule.cap, 1), ("interval", rule.interval, 0)):
+    for name, value, least in (
+        ("window", rule.window, 2),
+        ("slope", rule.slope, 0),
+        ("cap", rule.cap, 1),
+        ("interval", rule.interval, 0),
+    ):
         if value < least:
             raise UsageError(f"--{name} {value} is out of range: give at least {least}.")
     for name, value, least in (("full-first", request.reuse.start, 2), ("reused", request.reuse.count, 0)):
@@ -112,14 +131,18 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     if request.t5 in ("cpu", "fp8") and "t5" not in checkpoint.parts:
         raise UsageError(f"--t5 {request.t5} says how T5 runs, and there is no T5 here: leave it out.")
     if request.t5 == "fp8" and checkpoint.dtype("t5") not in FP8:
-        raise UsageError("--t5 fp8 needs a T5 that is stored in fp8, and this one is not: leave it out or give --t5 cpu.")
+        raise UsageError(
+            "--t5 fp8 needs a T5 that is stored in fp8, and this one is not: leave it out or give --t5 cpu."
+        )
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
     if strategy.ranks > 2 and config.shared_blocks:
         rows = request.height // (config.multiple * checkpoint.config("vae").factor)
         if rows < strategy.ranks // 2:
-            raise UsageError(f"--height {request.height} is {rows} rows of patches, too few for {strategy.ranks} ranks: take fewer ranks.")
+            raise UsageError(
+                f"--height {request.height} is {rows} rows of patches, too few for {strategy.ranks} ranks: take fewer ranks."
+            )
     shift = checkpoint.defaults.get("shift", 3.0)  # what the folder's scheduler says
     return strategy, make_sampler(checkpoint.family, request.sampler, request.steps, shift)
 
@@ -151,12 +174,18 @@ def meta_task(checkpoint: Checkpoint, request: Request, world: int = 1) -> Task:
         noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
     denoiser = checkpoint.part("denoiser").module.to(request.dtype)
     strategy, sampler = plan_request(checkpoint, request, world)
-    return Task(denoiser, strategy.cuts(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise)
+    return Task(
+        denoiser, strategy.cuts(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise
+    )
 
 
 @torch.inference_mode()
 def decode(
-    checkpoint: Checkpoint, latents: Tensor, device: torch.device, tiles: bool = False, transport: Transport | None = None
+    checkpoint: Checkpoint,
+    latents: Tensor,
+    device: torch.device,
+    tiles: bool = False,
+    transport: Transport | None = None,
 ) -> Tensor:
     """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16.
 
@@ -176,11 +205,17 @@ def decode(
     tile = (96, 96) if tiles and height * width * vae.config.factor**2 > LARGE else (height, width)
     if transport:
         rows = min(tile[0], -(-height // transport.world) + OVERLAP)
-        image = decode_tiled(vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather)[0]
+        image = decode_tiled(
+            vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather
+        )[0]
     else:
         image = (vae.decode(raw) if tile == (height, width) else decode_tiled(vae, raw, tile, OVERLAP))[0]
-    require_finite(image, "decoder", "image", "the latents are finite, so try a file with another autoencoder")
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()  # (C, H, W) -> (H, W, C)
+    require_finite(
+        image, "decoder", "image", "the latents are finite, so try a file with another autoencoder"
+    )
+    return (
+        ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()
+    )  # (C, H, W) -> (H, W, C)
 
 
 def decoded_together(request: Request, ranks: int) -> bool:
@@ -233,14 +268,27 @@ def generate(
     size = (request.height, request.width)
     settings = Settings(request.steps, request.rule, request.reuse)
     runs, problem = runs_here(strategy, settings, transport), None
-    texts = texts_of(runs) or (["cond"] if request.balance else [])  # a rank that will run nothing is timed under a text too
+    texts = texts_of(runs) or (
+        ["cond"] if request.balance else []
+    )  # a rank that will run nothing is timed under a text too
 
     def names_held(cuts: tuple) -> tuple[str, ...] | None:
         """How the names of the denoiser's parameters begin that this process has any use for; None for all."""
-        return None if transport.world == 1 else weights_needed(checkpoint.part("denoiser").module, cuts, runs)
+        return (
+            None if transport.world == 1 else weights_needed(checkpoint.part("denoiser").module, cuts, runs)
+        )
 
     try:
-        conditioning = encode(checkpoint, request.prompt, request.negative_prompt, *size, device, request.dtype, request.t5, texts)
+        conditioning = encode(
+            checkpoint,
+            request.prompt,
+            request.negative_prompt,
+            *size,
+            device,
+            request.dtype,
+            request.t5,
+            texts,
+        )
         now, transport.doing = clock("text", now), "load"
         cuts = strategy.cuts(checkpoint.part("denoiser").module)
         held = None if request.balance else names_held(cuts)
@@ -259,13 +307,21 @@ def generate(
         cuts = transport.gather(balanced(denoiser, times))[0]  # rank 0's, so that the ranks cannot disagree
         held = names_held(cuts)
         if held is not None:
-            denoiser, task = None, replace(task, denoiser=None)  # the whole network goes before a part of it comes
+            denoiser, task = (
+                None,
+                replace(task, denoiser=None),
+            )  # the whole network goes before a part of it comes
             denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
         task = replace(task, denoiser=denoiser, cuts=cuts)
         clock("balance", now)
     weights = sum(p.numel() * p.element_size() for p in denoiser.state_dict().values() if not p.is_meta)
     told = transport.gather(weights)
-    use = {"cuts": list(cuts), "seconds_of_units": times, "weights": told, "idle": idle_ranks(strategy, settings)}
+    use = {
+        "cuts": list(cuts),
+        "seconds_of_units": times,
+        "weights": told,
+        "idle": idle_ranks(strategy, settings),
+    }
     records = []
     for record in denoise(task, strategy, settings, transport):
         records.append(record)
@@ -273,13 +329,17 @@ def generate(
         memory.note(record.stage)
         on_step(record)
     bytes_sent = transport.finish()
-    bars = [bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told]
+    bars = [
+        bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told
+    ]
     del task, denoiser
     problem = None
     try:
         for record in records:
             where = f"denoiser, step {record.step} ({record.stage})"
-            require_finite(record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance")
+            require_finite(
+                record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance"
+            )
     except UsageError as error:
         problem = str(error)
     agree(transport, problem)
@@ -289,7 +349,9 @@ def generate(
     image = None
     try:
         if split or transport.rank == 0:
-            image = decode(checkpoint, records[-1].latents, device, request.tiles, transport if split else None)
+            image = decode(
+                checkpoint, records[-1].latents, device, request.tiles, transport if split else None
+            )
     except (UsageError, WeightsError) as error:
         problem = str(error)
     now = clock("decode", now)

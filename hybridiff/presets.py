@@ -41,5 +41,8 @@ def usual_reuse(steps: int, share: float, start: int | None = None) -> Reuse:
 def paper_rule(family: str, steps: int) -> SwitchRule:
     """The paper's numbers, which are for 50 steps; with others the same stretch of the trajectory, so that a step falls by more."""
     rule, times = PAPER_RULES[family], steps / 50
-    window, cap, interval = (max(least, round(times * number)) for least, number in ((2, rule.window), (1, rule.cap), (1, rule.interval)))
+    window, cap, interval = (
+        max(least, round(times * number))
+        for least, number in ((2, rule.window), (1, rule.cap), (1, rule.interval))
+    )
     return replace(rule, window=window, slope=rule.slope / times, cap=cap, interval=interval)

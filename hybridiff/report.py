@@ -37,16 +37,26 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
 def exactness(request: Request, result: Result, ranks: int) -> dict:
     """How much of the picture is, bit for bit on like devices, what `serial` makes: steps from the first on, the decoder, and both in words."""
     stages = [record.stage for record in result.records]
-    rounds = request.strategy == "batched" or "keys" in result.bytes_sent  # kernels round by the number of rows
+    rounds = (
+        request.strategy == "batched" or "keys" in result.bytes_sent
+    )  # kernels round by the number of rows
     steps = 0 if rounds else stages.index("parallelism") if "parallelism" in stages else len(stages)
     size = request.height * request.width
     if request.tiles and size > LARGE:
         decoder = "in tiles"
     else:
         decoder = f"by {ranks} ranks together" if decoded_together(request, ranks) else "whole"
-    words = "every step" if steps == len(stages) else f"the first {steps} of {len(stages)} steps" if steps else "no step"
-    words += " as serial computes it" + (" (tokens divided among ranks round otherwise)" if "keys" in result.bytes_sent else "")
-    words += ("" if decoder == "whole" else f"; decoded {decoder}, which rounds otherwise")
+    words = (
+        "every step"
+        if steps == len(stages)
+        else f"the first {steps} of {len(stages)} steps"
+        if steps
+        else "no step"
+    )
+    words += " as serial computes it" + (
+        " (tokens divided among ranks round otherwise)" if "keys" in result.bytes_sent else ""
+    )
+    words += "" if decoder == "whole" else f"; decoded {decoder}, which rounds otherwise"
     return {"steps": steps, "of": len(stages), "decoder": decoder == "whole", "words": words}
 
 
@@ -78,7 +88,11 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
         "bytes_sent": {"total": sum(result.bytes_sent.values()), "by_operation": result.bytes_sent},
         "seed": request.seed,
         "settings": settings_of(request, weights, ranks),
-        "versions": {"hybridiff": hybridiff.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "hybridiff": hybridiff.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 
@@ -86,7 +100,10 @@ def in_use(use: dict) -> list[str]:
     """Lines on how the ranks were used, where it is not the usual way: cuts that were chosen, ranks that idled or hold less than others."""
     lines = [f"cut at {use['cuts']} after timing every unit on each rank"] if use["seconds_of_units"] else []
     if len(set(use["weights"])) > 1:
-        lines.append("denoiser's weights held, MB: " + ", ".join(f"rank {rank} {held / 1e6:,.1f}" for rank, held in enumerate(use["weights"])))
+        lines.append(
+            "denoiser's weights held, MB: "
+            + ", ".join(f"rank {rank} {held / 1e6:,.1f}" for rank, held in enumerate(use["weights"]))
+        )
     return lines + ([use["idle"]] if use["idle"] else [])
 
 
@@ -107,7 +124,9 @@ def check_writable(path: Path, overwrite: bool) -> None:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"{shown(str(path))} cannot be written ({error.strerror}): choose another place.") from None
+        raise UsageError(
+            f"{shown(str(path))} cannot be written ({error.strerror}): choose another place."
+        ) from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -124,7 +143,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         else:
             source = Path(f"/proc/self/fd/{nameless}")
             write(source)
-            os.link(source, temporary, src_dir_fd=nameless, follow_symlinks=True)  # the first argument is absolute; a dir_fd makes it linkat(2)
+            os.link(
+                source, temporary, src_dir_fd=nameless, follow_symlinks=True
+            )  # the first argument is absolute; a dir_fd makes it linkat(2)
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"{path} could not be written ({error.strerror or error}).") from None

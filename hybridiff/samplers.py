@@ -93,7 +93,9 @@ class FlowEuler:
         return latents + (self.sigmas[i + 1] - self.sigmas[i]) * velocity
 
 
-def second_order(latents: Tensor, clean: Tensor, older: Tensor | None, alphas: Tensor, sigmas: Tensor, i: int) -> Tensor:
+def second_order(
+    latents: Tensor, clean: Tensor, older: Tensor | None, alphas: Tensor, sigmas: Tensor, i: int
+) -> Tensor:
     """A step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2) from the clean latents predicted now and before.
 
     Noisy latents are alpha * clean + sigma * noise; lambda = log(alpha / sigma). The first and the last step are of first order.
@@ -157,7 +159,9 @@ def make_sampler(family: str, name: str | None, steps: int, shift: float = 3.0) 
     choices = SAMPLERS[family]
     name = name or next(iter(choices))
     if name not in choices:
-        raise UsageError(f"--sampler {name} does not fit a {family} checkpoint: choose one of {', '.join(choices)}.")
+        raise UsageError(
+            f"--sampler {name} does not fit a {family} checkpoint: choose one of {', '.join(choices)}."
+        )
     if not 1 <= steps < TRAINING_STEPS:
         raise UsageError(f"--steps {steps} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
     return choices[name](steps, shift) if family == "sd3" else choices[name](steps)

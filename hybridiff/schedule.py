@@ -103,7 +103,11 @@ class Run:
             return Value(self.part, self.text, at=self.at, of=self.of, block=self.block)
         if self.part in ("entry", "down"):
             return entry(self.text, self.at)
-        return Value("slice", self.text) if self.part in ("begin", "attend") else prediction(self.text, self.at if self.of else 0, self.of)
+        return (
+            Value("slice", self.text)
+            if self.part in ("begin", "attend")
+            else prediction(self.text, self.at if self.of else 0, self.of)
+        )
 
     def __str__(self) -> str:
         when = f" of {self.late} step{'s' * (self.late > 1)} ago" if self.late else ""

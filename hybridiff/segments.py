@@ -43,9 +43,18 @@ def in_segments(net: UNet | MMDiT, text: str, segments: int) -> list[tuple[int, 
     """The whole network under a text as runs of its segments, each with the number of its segment, from 0."""
     last = segments - 1
     if isinstance(net, MMDiT):
-        middle = [(at, Run("inner", text, inner(text, at - 1) if at else entry(text), at=at)) for at in range(last)]
-        return [(0, Run("entry", text)), *middle, (last, Run("exit", text, inner(text, last - 1), at=last - 1))]
-    return [({"entry": 0, "exit": 0, "inner": last}.get(run.part, run.at), run) for run in all_rings(text, segments)]
+        middle = [
+            (at, Run("inner", text, inner(text, at - 1) if at else entry(text), at=at)) for at in range(last)
+        ]
+        return [
+            (0, Run("entry", text)),
+            *middle,
+            (last, Run("exit", text, inner(text, last - 1), at=last - 1)),
+        ]
+    return [
+        ({"entry": 0, "exit": 0, "inner": last}.get(run.part, run.at), run)
+        for run in all_rings(text, segments)
+    ]
 
 
 def all_rings(text: str, segments: int) -> list[Run]:
@@ -67,5 +76,10 @@ def weights_needed(net: UNet | MMDiT, cuts: Sequence, runs: Sequence[Run]) -> tu
     """Beginnings of the names of the parameters that these runs need; None where it may be all. Only a U-Net's rings need less."""
     if isinstance(net, MMDiT) or any(run.part == "whole" for run in runs):
         return None
-    rings = {(cuts[run.at], len(net.input_blocks)) if run.part == "inner" else (cuts[run.at - 1] if run.at else 0, cuts[run.at]) for run in runs}
+    rings = {
+        (cuts[run.at], len(net.input_blocks))
+        if run.part == "inner"
+        else (cuts[run.at - 1] if run.at else 0, cuts[run.at])
+        for run in runs
+    }
     return tuple(sorted({name for ring in rings for name in net.names(*ring)}))

@@ -7,7 +7,9 @@ two ways of switching: by slope the first pipelined step is tau1 + 1, by the cap
 from dataclasses import dataclass
 from typing import Literal, Sequence
 
-Stage = Literal["warm-up", "parallelism", "fully-connecting"]  # in strategies of ours labels only: "parallelism" from the first saved step to the last
+Stage = Literal[
+    "warm-up", "parallelism", "fully-connecting"
+]  # in strategies of ours labels only: "parallelism" from the first saved step to the last
 
 
 @dataclass(frozen=True)

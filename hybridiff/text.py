@@ -14,7 +14,12 @@ from weights.load import Checkpoint
 
 
 def run_encoder(
-    checkpoint: Checkpoint, part: str, texts: list[str], device: torch.device, dtype: torch.dtype, stored: bool = False
+    checkpoint: Checkpoint,
+    part: str,
+    texts: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: bool = False,
 ) -> list:
     """Run one text encoder over the texts, one by one (batch 1, so that a text's result never depends on the others)."""
     if not texts:  # nothing is loaded where there is nothing to encode
@@ -59,16 +64,29 @@ def encode_sdxl(checkpoint, texts, height, width, device, dtype) -> dict[str, UN
     (`force_zeros_for_empty_prompt` is false); an empty one is encoded. Sizes: original height and width,
     crop top and left, target height and width, each a 256-wide sinusoid (Podell et al. 2023, Sec. 2.2).
     """
-    told = {branch: text for branch, text in texts.items() if text is not None or not checkpoint.zero_negative}
+    told = {
+        branch: text for branch, text in texts.items() if text is not None or not checkpoint.zero_negative
+    }
     clip_l = run_encoder(checkpoint, "clip_l", [text or "" for text in told.values()], device, dtype)
     clip_g = run_encoder(checkpoint, "clip_g", [text or "" for text in told.values()], device, dtype)
-    branches = {branch: (torch.cat([l, g], dim=2), pooled) for branch, (l, _), (g, pooled) in zip(told, clip_l, clip_g)}
+    branches = {
+        branch: (torch.cat([l, g], dim=2), pooled)
+        for branch, (l, _), (g, pooled) in zip(told, clip_l, clip_g)
+    }
     config, clip = checkpoint.config("denoiser"), checkpoint.config("clip_g")
-    nothing = [torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, clip.positions, config.context_width), (1, clip.projection))]
+    nothing = [
+        torch.zeros(shape, device=device, dtype=dtype)
+        for shape in ((1, clip.positions, config.context_width), (1, clip.projection))
+    ]
     sizes = torch.tensor([height, width, 0, 0, height, width], device=device)
-    sizes = sinusoid(sizes, (config.vector_width - clip.projection) // len(sizes)).flatten()[None].to(dtype)  # (1, 6 * 256)
+    sizes = (
+        sinusoid(sizes, (config.vector_width - clip.projection) // len(sizes)).flatten()[None].to(dtype)
+    )  # (1, 6 * 256)
     made = {branch: branches.get(branch, nothing) for branch in texts}
-    return {branch: UNetConditioning(text, torch.cat([pooled, sizes], dim=1)) for branch, (text, pooled) in made.items()}
+    return {
+        branch: UNetConditioning(text, torch.cat([pooled, sizes], dim=1))
+        for branch, (text, pooled) in made.items()
+    }
 
 
 def encode_sd3(checkpoint, texts, device, dtype, t5) -> dict[str, MMDiTConditioning]:
@@ -81,11 +99,15 @@ def encode_sd3(checkpoint, texts, device, dtype, t5) -> dict[str, MMDiTCondition
     clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
     context_width = checkpoint.config("denoiser").context_width
     if "t5" not in checkpoint.parts:
-        text_t5s = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * len(texts)
+        text_t5s = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * len(
+            texts
+        )
     else:
         place, precision = (torch.device("cpu"), torch.float32) if t5 == "cpu" else (device, dtype)
         stored = t5 == "fp8" or place.type == "cpu"
-        text_t5s = [text.to(device) for text in run_encoder(checkpoint, "t5", texts, place, precision, stored)]
+        text_t5s = [
+            text.to(device) for text in run_encoder(checkpoint, "t5", texts, place, precision, stored)
+        ]
     branches = []
     for (text_l, pooled_l), (text_g, pooled_g), text_t5 in zip(clip_l, clip_g, text_t5s):
         clip = torch.cat([text_l, text_g], dim=2)

@@ -88,14 +88,18 @@ def decode_tiled(
     for block in decoder.mid.values():
         h = block(h)
     batch, _, height, width = h.shape
-    tiles = [(y, x) for y in spans(height, tile[0], overlap) for x in spans(width, tile[1], overlap)][rank::ranks]
+    tiles = [(y, x) for y in spans(height, tile[0], overlap) for x in spans(width, tile[1], overlap)][
+        rank::ranks
+    ]
     waits = torch.device("cpu") if len(tiles) > 1 else h.device
     states = [(h[:, :, y[0] : y[3], x[0] : x[3]].to(waits),) for y, x in tiles]
     for norm, advance in steps(decoder):
         statistics = torch.zeros(2, batch, norm.num_groups, dtype=torch.float64, device=h.device)
         for (y, x), state in zip(tiles, states):
             scale = state[-1].shape[2] // (y[3] - y[0])
-            rows, columns = (slice((own - start) * scale, (end - start) * scale) for start, own, end, _ in (y, x))
+            rows, columns = (
+                slice((own - start) * scale, (end - start) * scale) for start, own, end, _ in (y, x)
+            )
             share = (y[2] - y[1]) * (x[2] - x[1]) / (height * width)
             statistics += share * measure(norm, state[-1].to(h.device)[:, :, rows, columns])
         statistics = sum(gather(statistics.cpu())).to(h.device)

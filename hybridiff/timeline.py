@@ -11,7 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridiff.clock import Bar
 from hybridiff.denoise import Task, Worker
-from hybridiff.schedule import Extrapolate, Operation, Receive, Run, Send, StepPlan, Value, bytes_sent, entry, inner, interleave, keys
+from hybridiff.schedule import (
+    Extrapolate,
+    Operation,
+    Receive,
+    Run,
+    Send,
+    StepPlan,
+    Value,
+    bytes_sent,
+    entry,
+    inner,
+    interleave,
+    keys,
+)
 from hybridiff.segments import in_segments
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox
@@ -29,7 +42,12 @@ def part_costs(task: Task, plans: Sequence[StepPlan] = ()) -> Costs:
     meta, told = torch.device("meta"), next(iter(task.conditioning.values()))
     told = type(told)(*(None if tensor is None else tensor.to(meta) for tensor in told))
     task = replace(task, noise=task.noise.to(meta), conditioning={"cond": told, "uncond": told})
-    parts = [Run("whole", "cond"), Run("entry", "cond"), Run("inner", "cond", entry("cond")), Run("exit", "cond", inner("cond"))]
+    parts = [
+        Run("whole", "cond"),
+        Run("entry", "cond"),
+        Run("inner", "cond", entry("cond")),
+        Run("exit", "cond", inner("cond")),
+    ]
     parts += [run for plan in plans for run in plan.runs() if run.text != "both"]
     counted: dict[object, int] = {}  # kind of part -> operations
     costs: Costs = {}
@@ -46,9 +64,18 @@ def count(task: Task, run: Run) -> int:
     worker, text = Worker(0, task, Mailbox()), run.text
 
     def arrive(value: Value) -> None:
-        worker.keep(value, task.unpack(value, [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in task.message(value)]))
+        worker.keep(
+            value,
+            task.unpack(
+                value,
+                [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in task.message(value)],
+            ),
+        )
 
-    before = {"exit": [Run("entry", text)], "up": [Run("down", text, entry(text, run.at - 1), at=run.at)]}.get(run.part, [])
+    before = {
+        "exit": [Run("entry", text)],
+        "up": [Run("down", text, entry(text, run.at - 1), at=run.at)],
+    }.get(run.part, [])
     if run.part in ("keys", "attend", "end"):
         before = [replace(run, part=part) for part in ("begin", "keys") if part != run.part]
     for operation in (*before, run):
@@ -97,7 +124,9 @@ def timeline(plans: Sequence[StepPlan], costs: Costs, delays: Mapping[str, float
     bars = []
     for step, plan in enumerate(plans):
         sent: dict[tuple[int, int], list[float]] = {}  # (sender, receiver) -> when each message arrives
-        for rank, operation in interleave(list(enumerate(plan.operations)), lambda r, to: bool(sent.get((r.source, to)))):
+        for rank, operation in interleave(
+            list(enumerate(plan.operations)), lambda r, to: bool(sent.get((r.source, to)))
+        ):
             start = clock[rank]
             if isinstance(operation, Run):
                 clock[rank] += costs[operation.unit] * (2 if operation.text == "both" else 1)
@@ -166,32 +195,51 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     bars = timeline(plans, costs)
     drawn = ", drawn for a switch by the cap" if name == "paper" else ""
     pieces = [f"{name}: {settings.steps} steps on {strategy.ranks} rank(s){drawn}"]
-    parts = [run.unit for plan in plans for run in plan.runs() if run.part != "whole" and not run.of] if strategy.ranks > 2 else ()
-    shares = ", ".join(f"{part} {costs[part]:.0%}" for part in dict.fromkeys(parts or ("entry", "inner", "exit")))
+    parts = (
+        [run.unit for plan in plans for run in plan.runs() if run.part != "whole" and not run.of]
+        if strategy.ranks > 2
+        else ()
+    )
+    shares = ", ".join(
+        f"{part} {costs[part]:.0%}" for part in dict.fromkeys(parts or ("entry", "inner", "exit"))
+    )
     pieces.append(f"shares of the network by floating-point operations: {shares}")
     pieces += tables(plans)
     first, last = detail([step for step, plan in enumerate(plans) if plan.stage == "parallelism"] or [1])
     shown = [bar for bar in bars if first <= bar.step <= last]
-    pieces.append(f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)")
+    pieces.append(
+        f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)"
+    )
     pieces.append(draw(shown, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)
-    pieces.append(f"\nideal cost {cost:.1f} network evaluations, serial {2 * len(plans)}: speed-up {2 * len(plans) / cost:.2f}")
+    pieces.append(
+        f"\nideal cost {cost:.1f} network evaluations, serial {2 * len(plans)}: speed-up {2 * len(plans) / cost:.2f}"
+    )
     pieces += [idle] if (idle := idle_ranks(strategy, settings)) else []
-    pieces.append(f"bytes sent: {sent.total():,} ({', '.join(f'{kind} {count:,}' for kind, count in sent.items())})")
+    pieces.append(
+        f"bytes sent: {sent.total():,} ({', '.join(f'{kind} {count:,}' for kind, count in sent.items())})"
+    )
     return "\n".join(pieces)
 
 
 def tables(plans: Sequence[StepPlan]) -> list[str]:
     """Every kind of step as a table of operations, and in a line each stretch of steps that is of a kind told before."""
     pieces: list[str] = []
-    told: dict[object, tuple[str, StepPlan]] = {}  # kind, whatever steps are extrapolated from -> the first steps of it
+    told: dict[
+        object, tuple[str, StepPlan]
+    ] = {}  # kind, whatever steps are extrapolated from -> the first steps of it
     starts = [step for step, plan in enumerate(plans) if step == 0 or plan != plans[step - 1]]
     for start, end in zip(starts, [*starts[1:], len(plans)]):
         plan, span = plans[start], f"step {start}" if end - start == 1 else f"steps {start} to {end - 1}"
-        kind = tuple(tuple(op.value if isinstance(op, Extrapolate) else op for op in operations) for operations in plan.operations)
+        kind = tuple(
+            tuple(op.value if isinstance(op, Extrapolate) else op for op in operations)
+            for operations in plan.operations
+        )
         if kind in told:
             where, like = told[kind]
-            lines = dict.fromkeys(str(op) for operations in plan.operations for op in operations if isinstance(op, Extrapolate))
+            lines = dict.fromkeys(
+                str(op) for operations in plan.operations for op in operations if isinstance(op, Extrapolate)
+            )
             other = f", but {', '.join(lines)}" if plan.operations != like.operations else ""
             between = "\n" if pieces[-1].count("\n") > 1 else ""  # after a table
             pieces.append(f"{between}{span}, {plan.stage}: as {where}{other}")
@@ -208,7 +256,11 @@ def idle_ranks(strategy: Strategy, settings: Settings) -> str | None:
     idle = [rank for rank in range(strategy.ranks) if not any(plan.runs(rank) for plan in full)]
     if not idle:
         return None
-    when = "outside of the middle stage" if any(plan.runs(rank) for plan in plans for rank in idle) else "all the time"
+    when = (
+        "outside of the middle stage"
+        if any(plan.runs(rank) for plan in plans for rank in idle)
+        else "all the time"
+    )
     return f"idle {when}: rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} (this network cannot be divided within a branch)"
 
 
@@ -220,14 +272,24 @@ def table(plan: StepPlan) -> str:
         rows = max(map(len, columns))
         cells = [column + [""] * (rows - len(column)) for column in columns]
         widths = [max(map(len, column)) for column in cells]
-        pieces.append("\n".join("  " + "   ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in zip(*cells)))
+        pieces.append(
+            "\n".join(
+                "  " + "   ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in zip(*cells)
+            )
+        )
     return "\n\n".join(pieces)
 
 
 def shortened(operations: Sequence[Operation]) -> list[str]:
     """Operations in words; those of all blocks but the first, which are alike, in one line."""
-    blocks = [getattr(operation.value if isinstance(operation, (Send, Receive)) else operation, "block", 0) for operation in operations]
-    words = [str(operation) if block == 0 else f"the same for blocks 1 to {max(blocks)}" for operation, block in zip(operations, blocks)]
+    blocks = [
+        getattr(operation.value if isinstance(operation, (Send, Receive)) else operation, "block", 0)
+        for operation in operations
+    ]
+    words = [
+        str(operation) if block == 0 else f"the same for blocks 1 to {max(blocks)}"
+        for operation, block in zip(operations, blocks)
+    ]
     return list(dict.fromkeys(words)) if any(blocks) else words
 
 
@@ -235,4 +297,6 @@ def runs_of(strategy: Strategy, settings: Settings, rank: int) -> list[Run]:
     """All that a rank may have to run of the network, whenever the switch comes: as early as it can, by the slope, or by the cap."""
     level = [1.0] * settings.steps
     early = [strategy.plan(step, level[:step], settings) for step in range(settings.steps)]
-    return list(dict.fromkeys(run for plan in [*early, *plan_all(strategy, settings)] for run in plan.runs(rank)))
+    return list(
+        dict.fromkeys(run for plan in [*early, *plan_all(strategy, settings)] for run in plan.runs(rank))
+    )

@@ -55,7 +55,9 @@ class Transport:
     team, teams = 0, 1
     step = -1  # outside of the loop
     route = ""  # how values travel, in words
-    doing: object = "the start"  # the phase or operation that this process is in, for what is said when it fails
+    doing: object = (
+        "the start"  # the phase or operation that this process is in, for what is said when it fails
+    )
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()  # bytes by kind of value, sent by the ranks of this process
@@ -98,7 +100,9 @@ class Mailbox(Transport):
         """The oldest message from `sender`, which must be what the receiver would have made room for."""
         tensors = self.mail[sender, to].popleft()
         sent = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        assert sent == list(shapes), f"rank {to} expected {value} as {shapes} from rank {sender}, which sent {sent}"
+        assert sent == list(shapes), (
+            f"rank {to} expected {value} as {shapes} from rank {sender}, which sent {sent}"
+        )
         return tensors
 
     def forget(self) -> None:
@@ -140,18 +144,25 @@ class Ranks(Transport):
     def __init__(self, rank: int, world: int, timeout: timedelta):
         super().__init__()
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.members, self.all_teams = tuple(range(world)), [tuple(range(world))]  # the ranks of this rank's team, and of all
+        self.members, self.all_teams = (
+            tuple(range(world)),
+            [tuple(range(world))],
+        )  # the ranks of this rank's team, and of all
         try:
             with self.waiting("all ranks to start"):
                 store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
                 self.counters = dist.PrefixStore("hybridiff counters", store)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)  # for words between the ranks
+                dist.init_process_group(
+                    "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+                )  # for words between the ranks
         except PeerLost as lost:
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
         self.watches: list[threading.Thread] = []  # see `watch_peers`
-        self.under_way: deque[tuple[int, dist.Work, Tensor]] = deque()  # sends, with their step, keep their tensors alive until they are done
+        self.under_way: deque[tuple[int, dist.Work, Tensor]] = (
+            deque()
+        )  # sends, with their step, keep their tensors alive until they are done
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -163,7 +174,9 @@ class Ranks(Transport):
             silent = "imed out" in str(error) or "imeout" in str(error)
             seconds = f"{self.timeout.total_seconds():g}"
             why = f"nothing came for {seconds} seconds (--timeout)" if silent else "the other side has ended"
-            raise PeerLost(f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {why}.") from error
+            raise PeerLost(
+                f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {why}."
+            ) from error
 
     @contextmanager
     def at_most(self, what: str) -> Iterator[None]:
@@ -179,7 +192,10 @@ class Ranks(Transport):
     def end(self, what: str) -> None:
         """The last resort, in a thread of its own: some waits of torch.distributed know no timeout, such as for a stopped rank 0 at the start."""
         seconds = f"{self.timeout.total_seconds():g}"
-        say(f"rank {self.members[self.rank]} waited for {what}{self.where()}, but nothing came for {seconds} seconds (--timeout).", error=True)
+        say(
+            f"rank {self.members[self.rank]} waited for {what}{self.where()}, but nothing came for {seconds} seconds (--timeout).",
+            error=True,
+        )
         os._exit(1)
 
     def divide(self, size: int) -> None:
@@ -206,17 +222,29 @@ class Ranks(Transport):
         if wish == "nccl" and problem:
             raise SharedError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
         self.backend = "gloo" if problem or wish == "gloo" else "nccl"
-        self.route = ", " + self.backend + (" through host memory" if self.backend == "gloo" and device.type == "cuda" else "")
+        self.route = (
+            ", "
+            + self.backend
+            + (" through host memory" if self.backend == "gloo" and device.type == "cuda" else "")
+        )
         self.device = device
-        self.wire = device if self.backend == "nccl" else torch.device("cpu")  # where values lie while they travel
+        self.wire = (
+            device if self.backend == "nccl" else torch.device("cpu")
+        )  # where values lie while they travel
         with self.waiting("the other ranks to connect"):
             lanes = {
                 pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend)
                 for members in self.all_teams  # a group's name is its number, which must be the same on all ranks
                 for pair in itertools.permutations(members, 2)
             }
-            farewells = [dist.new_group(members, timeout=timedelta(days=30), backend="gloo") for members in self.all_teams]
-        self.lanes = {(a, b): lanes.get((self.members[a], self.members[b])) for a, b in itertools.permutations(range(self.world), 2)}
+            farewells = [
+                dist.new_group(members, timeout=timedelta(days=30), backend="gloo")
+                for members in self.all_teams
+            ]
+        self.lanes = {
+            (a, b): lanes.get((self.members[a], self.members[b]))
+            for a, b in itertools.permutations(range(self.world), 2)
+        }
         self.farewells = farewells[self.team]
         if self.backend == "nccl":
             self.watch_peers()
@@ -248,7 +276,10 @@ class Ranks(Transport):
             try:
                 dist.recv(torch.zeros(1), rank, group=self.farewells)
             except RuntimeError:
-                say(f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: the other side has ended.", error=True)
+                say(
+                    f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: the other side has ended.",
+                    error=True,
+                )
                 os._exit(1)
 
         for rank in self.members:
@@ -265,7 +296,11 @@ class Ranks(Transport):
     def farewell(self) -> None:
         """Send the word that the watches of the team's other ranks wait for, and wait for theirs."""
         if self.watches:
-            words = [dist.isend(torch.ones(1), self.members[rank], group=self.farewells) for rank in range(self.world) if rank != self.rank]
+            words = [
+                dist.isend(torch.ones(1), self.members[rank], group=self.farewells)
+                for rank in range(self.world)
+                if rank != self.rank
+            ]
             with self.waiting("the other ranks to leave"):
                 for word in words:
                     word.wait()
@@ -288,25 +323,37 @@ class Ranks(Transport):
     def send(self, value: Value, tensors: Sequence[Tensor], sender: int, to: int) -> None:
         """Post the tensors to rank `to` and go on. Those of the step before the last were taken by now or soon will be: their tensors are let go."""
         self.count(value, tensors, sender, to)
-        while self.under_way and self.under_way[0][0] < self.step - 1:  # gloo's sends do not tell by themselves that they are completed
+        while (
+            self.under_way and self.under_way[0][0] < self.step - 1
+        ):  # gloo's sends do not tell by themselves that they are completed
             with self.waiting("its messages to be taken"):
                 self.under_way.popleft()[1].wait()
         if TRACE:
-            tensors = [label(self.step, value, [(tensor.shape, tensor.dtype) for tensor in tensors]), *tensors]
+            tensors = [
+                label(self.step, value, [(tensor.shape, tensor.dtype) for tensor in tensors]),
+                *tensors,
+            ]
         for tensor in tensors:
             tensor = tensor.to(self.wire).contiguous()
             with self.waiting(f"rank {self.members[to]} to take {value}"):
-                self.under_way.append((self.step, dist.isend(tensor, self.members[to], group=self.lanes[sender, to]), tensor))
+                self.under_way.append(
+                    (self.step, dist.isend(tensor, self.members[to], group=self.lanes[sender, to]), tensor)
+                )
 
     def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         """Wait for tensors of these (shape, dtype) from rank `sender`. PeerLost if it has ended or is silent for too long."""
         if TRACE:
-            told, expected = torch.empty(LABEL, dtype=torch.uint8, device=self.wire), label(self.step, value, shapes)
+            told, expected = (
+                torch.empty(LABEL, dtype=torch.uint8, device=self.wire),
+                label(self.step, value, shapes),
+            )
             with self.waiting(f"{value} from rank {self.members[sender]}"):
                 dist.recv(told, self.members[sender], group=self.lanes[sender, to])
             if not torch.equal(told.cpu(), expected):
                 said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
-                raise PeerLost(f"rank {self.members[to]} expected '{meant}' from rank {self.members[sender]}, which sent '{said}'.")
+                raise PeerLost(
+                    f"rank {self.members[to]} expected '{meant}' from rank {self.members[sender]}, which sent '{said}'."
+                )
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
             with self.waiting(f"{value} from rank {self.members[sender]}"):
@@ -335,10 +382,14 @@ class Ranks(Transport):
         """Every rank's small object, on every rank of the team."""
         told = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8)
         words, sends = [word] * self.world, []
-        others = [rank for rank in range(self.world) if rank != self.rank]  # one by one, so that it is known whose word does not come
+        others = [
+            rank for rank in range(self.world) if rank != self.rank
+        ]  # one by one, so that it is known whose word does not come
         for rank in others:
             with self.waiting(f"rank {self.members[rank]} to take a word"):
-                sends.append([dist.isend(tensor, self.members[rank]) for tensor in (torch.tensor([len(told)]), told)])
+                sends.append(
+                    [dist.isend(tensor, self.members[rank]) for tensor in (torch.tensor([len(told)]), told)]
+                )
         for rank in others:
             size = torch.zeros(1, dtype=torch.int64)
             with self.waiting(f"a word from rank {self.members[rank]}"):
@@ -411,9 +462,16 @@ def nccl_problem(device: torch.device) -> str | None:
 
 def place() -> tuple[int, int, int]:
     """(rank, ranks, local rank) from torchrun's environment; (0, 1, 0) without it."""
-    told = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    told = [
+        os.environ.get(name, default)
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    ]
     if not all(number.isdecimal() for number in told) or int(told[0]) >= int(told[1]):
-        raise UsageError("RANK, WORLD_SIZE, LOCAL_RANK in the environment are {}, {}, {}: start the ranks by torchrun.".format(*map(ascii, told)))
+        raise UsageError(
+            "RANK, WORLD_SIZE, LOCAL_RANK in the environment are {}, {}, {}: start the ranks by torchrun.".format(
+                *map(ascii, told)
+            )
+        )
     return tuple(map(int, told))
 
 

@@ -156,7 +156,8 @@ class Decoder(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             stage = nn.Module()
             stage.block = nn.ModuleList(
-                ResidualBlock(before if i == 0 else width, width, config.groups) for i in range(config.blocks + 1)
+                ResidualBlock(before if i == 0 else width, width, config.groups)
+                for i in range(config.blocks + 1)
             )
             if level > 0:
                 stage.upsample = Upsample(width)

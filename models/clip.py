@@ -51,8 +51,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, width] -> [B, L, width]."""
-        q, k, v = (rearrange(project(x), "b l (h d) -> b h l d", h=self.heads)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(project(x), "b l (h d) -> b h l d", h=self.heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, heads, L, width / heads]
         return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))
 

@@ -13,6 +13,8 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
     flip_sin_to_cos=True, downscale_freq_shift=0. The code of Ho et al. 2020 has sines first and divides by half - 1.
     """
     half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
+    frequencies = torch.exp(
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    )
     angles = values.float()[..., None] * frequencies  # (..., half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

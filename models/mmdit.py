@@ -34,7 +34,9 @@ class MMDiTConfig:
     pooled_width: int = 2048
     positions: int = 192  # side of the stored grid of position embeddings, in patches
     qk_norm: bool = False
-    dual_blocks: int = 0  # the first so many blocks have a second self-attention over the image tokens (SD3.5-medium)
+    dual_blocks: int = (
+        0  # the first so many blocks have a second self-attention over the image tokens (SD3.5-medium)
+    )
 
     @property
     def segments(self) -> int:
@@ -217,20 +219,33 @@ class JointBlock(nn.Module):
         """Queries, keys and values of some tokens: all that does not need the other tokens."""
         image_mod, text_mod = self.x_block.modulation(c), self.context_block.modulation(c)
         image_normed, text_normed = self.x_block.norm(tokens.image), self.context_block.norm(tokens.text)
-        image_q, *image_kv = self.x_block.attn.project(modulate(image_normed, image_mod.shift, image_mod.scale))
-        text_q, *text_kv = self.context_block.attn.project(modulate(text_normed, text_mod.shift, text_mod.scale))
+        image_q, *image_kv = self.x_block.attn.project(
+            modulate(image_normed, image_mod.shift, image_mod.scale)
+        )
+        text_q, *text_kv = self.context_block.attn.project(
+            modulate(text_normed, text_mod.shift, text_mod.scale)
+        )
         image_q2, image_kv2 = None, []
         if self.x_block.dual:
-            image_q2, *image_kv2 = self.x_block.attn2.project(modulate(image_normed, image_mod.shift2, image_mod.scale2))
+            image_q2, *image_kv2 = self.x_block.attn2.project(
+                modulate(image_normed, image_mod.shift2, image_mod.scale2)
+            )
         return Queries(text_q, image_q, image_q2, text_mod, image_mod), Keys(*text_kv, *image_kv, *image_kv2)
 
     def attend(self, tokens: Tokens, queries: Queries, keys: Keys) -> Tokens:
         """The rest of the block for the tokens whose queries are given, with the keys and values of all tokens."""
         q = torch.cat([queries.text, queries.image], dim=2)  # (B, heads, L + N, d), text first
         k, v = torch.cat([keys.text_k, keys.image_k], dim=2), torch.cat([keys.text_v, keys.image_v], dim=2)
-        text_attended, image_attended = attention(q, k, v).split([tokens.text.shape[1], tokens.image.shape[1]], dim=1)
-        attended2 = None if queries.image2 is None else attention(queries.image2, keys.image_k2, keys.image_v2)
-        image, text = self.x_block.finish(tokens.image, image_attended, attended2, queries.image_mod), tokens.text
+        text_attended, image_attended = attention(q, k, v).split(
+            [tokens.text.shape[1], tokens.image.shape[1]], dim=1
+        )
+        attended2 = (
+            None if queries.image2 is None else attention(queries.image2, keys.image_k2, keys.image_v2)
+        )
+        image, text = (
+            self.x_block.finish(tokens.image, image_attended, attended2, queries.image_mod),
+            tokens.text,
+        )
         if not self.context_block.last:
             text = self.context_block.finish(text, text_attended, None, queries.text_mod)
         return Tokens(image, text)
@@ -247,7 +262,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.latent_channels, config.width, config.patch, stride=config.patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b c h w -> b (h w) c").contiguous()  # else all that is added to it stays in columns, which is slower
+        return rearrange(
+            self.proj(x), "b c h w -> b (h w) c"
+        ).contiguous()  # else all that is added to it stays in columns, which is slower
 
 
 class Embedder(nn.Module):
@@ -301,7 +318,9 @@ class MMDiT(nn.Module):
         """The centred h x w crop of the stored grid, as tokens (1, h * w, width). ValueError where h or w is beyond the grid."""
         side = self.config.positions
         if max(h, w) > side:
-            raise ValueError(f"{h} x {w} patches are more than this network's grid of {side} x {side} positions: take smaller latents.")
+            raise ValueError(
+                f"{h} x {w} patches are more than this network's grid of {side} x {side} positions: take smaller latents."
+            )
         top, left = (side - h) // 2, (side - w) // 2
         grid = self.pos_embed.unflatten(1, (side, side))
         return grid[:, top : top + h, left : left + w].flatten(1, 2)
@@ -310,7 +329,9 @@ class MMDiT(nn.Module):
         """Rows and columns of patches in latents x (B, C, h, w). ValueError where h or w is no multiple of the patch."""
         (h, w), p = x.shape[2:], self.config.patch
         if h % p or w % p:
-            raise ValueError(f"latents of {h} x {w} do not divide into patches of {p} x {p}: take multiples of {p}.")
+            raise ValueError(
+                f"latents of {h} x {w} do not divide into patches of {p} x {p}: take multiples of {p}."
+            )
         return h // p, w // p
 
     def embed(self, t: Tensor, conditioning: MMDiTConditioning) -> Tensor:
@@ -318,7 +339,9 @@ class MMDiT(nn.Module):
         time = sinusoid(t, self.frequencies).to(self.context_embedder.weight.dtype)
         return self.t_embedder(time) + self.y_embedder(conditioning.pooled)
 
-    def run_blocks(self, tokens: Tokens, t: Tensor, conditioning: MMDiTConditioning, start: int, stop: int) -> Tokens:
+    def run_blocks(
+        self, tokens: Tokens, t: Tensor, conditioning: MMDiTConditioning, start: int, stop: int
+    ) -> Tokens:
         """Joint blocks [start, stop)."""
         c = self.embed(t, conditioning)
         for block in self.joint_blocks[start:stop]:
@@ -333,7 +356,9 @@ class MMDiT(nn.Module):
         tokens = Tokens(self.x_embedder(x) + self.positions(h, w), self.context_embedder(conditioning.text))
         return self.run_blocks(tokens, t, conditioning, 0, cut[0]), (h, w)
 
-    def inner(self, tokens: Tokens, t: Tensor, conditioning: MMDiTConditioning, cut: tuple[int, int]) -> Tokens:
+    def inner(
+        self, tokens: Tokens, t: Tensor, conditioning: MMDiTConditioning, cut: tuple[int, int]
+    ) -> Tokens:
         """Joint blocks [a, b)."""
         return self.run_blocks(tokens, t, conditioning, *cut)
 
@@ -352,7 +377,9 @@ class MMDiT(nn.Module):
     def predict(self, image: Tensor, c: Tensor, columns: int) -> Tensor:
         """The final layer: image tokens in rows of `columns` -> velocity (B, C, h, w)."""
         p = self.config.patch
-        return rearrange(self.final_layer(image, c), "b (h w) (p q c) -> b c (h p) (w q)", w=columns, p=p, q=p)
+        return rearrange(
+            self.final_layer(image, c), "b (h w) (p q c) -> b c (h p) (w q)", w=columns, p=p, q=p
+        )
 
     def begin(self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning, number: int, of: int) -> Slice:
         """Embed the number-th (from 1) of `of` slices: rows of patches of the latents x (B, C, h, w), and tokens of the text."""
@@ -403,11 +430,15 @@ class MMDiT(nn.Module):
         tokens = Tokens(image, torch.Size((b, text_tokens, self.config.width)))
         return tokens, tokens
 
-    def sizes(self, latents: torch.Size, text_tokens: int, number: int, of: int, block: int) -> tuple[Keys, torch.Size]:
+    def sizes(
+        self, latents: torch.Size, text_tokens: int, number: int, of: int, block: int
+    ) -> tuple[Keys, torch.Size]:
         """Shapes of a slice's keys and values in a block, and of its rows of the prediction, for latents (B, C, h, w)."""
         (b, channels, h, w), p, heads = latents, self.config.patch, self.config.heads
         rows, words = (len(range(length)[piece(length, number, of)]) for length in (h // p, text_tokens))
-        text, image = (torch.Size((b, heads, n, self.config.width // heads)) for n in (words, rows * (w // p)))
+        text, image = (
+            torch.Size((b, heads, n, self.config.width // heads)) for n in (words, rows * (w // p))
+        )
         dual = (image, image) if block < self.config.dual_blocks else ()
         return Keys(text, text, image, image, *dual), torch.Size((b, channels, rows * p, w))
 

@@ -27,7 +27,9 @@ class T5Config:
     max_distance: int = 128  # all distances from here on share the last bucket
 
 
-def relative_buckets(length: int, buckets: int, max_distance: int, device: torch.device | None = None) -> LongTensor:
+def relative_buckets(
+    length: int, buckets: int, max_distance: int, device: torch.device | None = None
+) -> LongTensor:
     """Bucket of key position minus query position, [length (query), length (key)] (Raffel et al. 2020, section 2.1).
 
     Half of the buckets are for keys after the query. Of each half, the first half holds one distance per bucket, the
@@ -89,8 +91,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """[B, L, width], bias [1, heads, L, L] -> [B, L, width]."""
-        q, k, v = (rearrange(project(x), "b l (h d) -> b h l d", h=self.config.heads)
-                   for project in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(project(x), "b l (h d) -> b h l d", h=self.config.heads)
+            for project in (self.q, self.k, self.v)
+        )
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # [B, heads, L, head_width]
         return self.o(rearrange(x, "b h l d -> b l (h d)"))
 

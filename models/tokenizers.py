@@ -38,7 +38,9 @@ class CLIPTokenizer:
         pad: int | None = None,
         special: Sequence[str] = (),
     ):
-        self.tokenizer = Tokenizer(BPE(vocabulary, list(merges), end_of_word_suffix="</w>", unk_token=CLIP_END))
+        self.tokenizer = Tokenizer(
+            BPE(vocabulary, list(merges), end_of_word_suffix="</w>", unk_token=CLIP_END)
+        )
         self.tokenizer.add_special_tokens([CLIP_START, CLIP_END, *special])
         self.tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -81,7 +83,9 @@ class T5Tokenizer:
         pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
         extra = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
         self.length = length
-        self.tokenizer = Tokenizer(Unigram(pieces + [(token, 0.0) for token in extra], unk_id=2, byte_fallback=False))
+        self.tokenizer = Tokenizer(
+            Unigram(pieces + [(token, 0.0) for token in extra], unk_id=2, byte_fallback=False)
+        )
         self.tokenizer.add_special_tokens([piece for piece, _ in pieces[:3]] + extra)  # <pad>, </s>, <unk>
         if rules := character_map(model):
             self.tokenizer.normalizer = normalizers.Precompiled(rules)

@@ -35,7 +35,9 @@ class UNetConfig:
     context_width: int = 2048
     vector_width: int | None = 2816  # pooled text and sizes; None where the network takes no vector (SD 1.5)
     groups: int = 32
-    linear_projections: bool = True  # Linear (SDXL) or 1x1 convolutions (SD 1.5) around the transformer blocks
+    linear_projections: bool = (
+        True  # Linear (SDXL) or 1x1 convolutions (SD 1.5) around the transformer blocks
+    )
 
     @property
     def input_blocks(self) -> int:
@@ -169,7 +171,9 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(width, context_width, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, context_width, heads) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -259,7 +263,9 @@ class UNet(nn.Module):
         )
         if c.vector_width is not None:
             self.label_emb = nn.Sequential(
-                nn.Sequential(nn.Linear(c.vector_width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+                nn.Sequential(
+                    nn.Linear(c.vector_width, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+                )
             )
 
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(c.in_channels, c.channels, 3, padding=1))])
@@ -273,7 +279,9 @@ class UNet(nn.Module):
                 skips.append(width)
 
         before = widths[-1]
-        self.middle_block = Block(res(before, before), *transformer(last, c.middle_depth), res(before, before))
+        self.middle_block = Block(
+            res(before, before), *transformer(last, c.middle_depth), res(before, before)
+        )
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -294,15 +302,19 @@ class UNet(nn.Module):
         """
         takes, given = self.config.vector_width is not None, conditioning.vector is not None
         if takes != given:
-            raise ValueError(f"the conditioning has {'a' if given else 'no'} vector, but this U-Net takes "
-                             + (f"one of width {self.config.vector_width}: give it." if takes else "none: give None."))
+            raise ValueError(
+                f"the conditioning has {'a' if given else 'no'} vector, but this U-Net takes "
+                + (f"one of width {self.config.vector_width}: give it." if takes else "none: give None.")
+            )
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(sinusoid(t, self.config.channels).to(dtype))
         if takes:
             emb = emb + self.label_emb(conditioning.vector)
         return emb
 
-    def entry(self, x: Tensor, t: Tensor, conditioning: UNetConditioning, cut: int) -> tuple[Features, list[Tensor]]:
+    def entry(
+        self, x: Tensor, t: Tensor, conditioning: UNetConditioning, cut: int
+    ) -> tuple[Features, list[Tensor]]:
         """input_blocks[:cut] on the latents. Returns what crosses the cut and the skips, which stay."""
         skips = self.descend(self.input_blocks[:cut], x, t, conditioning)
         return Features(skips[-1]), skips
@@ -322,11 +334,19 @@ class UNet(nn.Module):
         return self.up(Features(h), skips, t, conditioning, cut, self.config.input_blocks)
 
     def up(
-        self, features: Features, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning, outer: int, cut: int
+        self,
+        features: Features,
+        skips: list[Tensor],
+        t: Tensor,
+        conditioning: UNetConditioning,
+        outer: int,
+        cut: int,
     ) -> Features:
         """output_blocks[n-cut:n-outer] on what crossed `cut` outwards, with the skips of `down`. Returns what crosses `outer`."""
         n = self.config.input_blocks
-        return Features(self.climb(self.output_blocks[n - cut : n - outer], features.hidden, skips, t, conditioning))
+        return Features(
+            self.climb(self.output_blocks[n - cut : n - outer], features.hidden, skips, t, conditioning)
+        )
 
     def exit(
         self, features: Features, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning, cut: int
@@ -335,7 +355,9 @@ class UNet(nn.Module):
         blocks = self.output_blocks[self.config.input_blocks - cut :]
         return self.out(self.climb(blocks, features.hidden, skips, t, conditioning))
 
-    def descend(self, blocks: nn.ModuleList, h: Tensor, t: Tensor, conditioning: UNetConditioning) -> list[Tensor]:
+    def descend(
+        self, blocks: nn.ModuleList, h: Tensor, t: Tensor, conditioning: UNetConditioning
+    ) -> list[Tensor]:
         """Input blocks one after the other: the result of each."""
         emb, skips = self.embed(t, conditioning), []
         for block in blocks:
@@ -368,8 +390,16 @@ class UNet(nn.Module):
     def names(self, outer: int, cut: int) -> list[str]:
         """How the names of the parameters begin that a ring needs; a ring down to n has the middle too."""
         n = self.config.input_blocks
-        blocks = [f"input_blocks.{i}." for i in range(outer, cut)] + [f"output_blocks.{i}." for i in range(n - cut, n - outer)]
-        return ["time_embed.", "label_emb.", *blocks, *(["out."] if outer == 0 else []), *(["middle_block."] if cut == n else [])]
+        blocks = [f"input_blocks.{i}." for i in range(outer, cut)] + [
+            f"output_blocks.{i}." for i in range(n - cut, n - outer)
+        ]
+        return [
+            "time_embed.",
+            "label_emb.",
+            *blocks,
+            *(["out."] if outer == 0 else []),
+            *(["middle_block."] if cut == n else []),
+        ]
 
     def unit_sizes(self) -> list[float]:
         """About the work in each unit, whatever the size of the picture: parameters by positions at their level."""
@@ -390,9 +420,13 @@ class UNet(nn.Module):
         b, _, h, w = latents
         h, w = -(-h >> halvings), -(-w >> halvings)
         # such a block still has the width of the level that it closes
-        entry_width = widths[max(0, levels[cut - 1] - (1 if (cut - 1) % (self.config.blocks + 1) == 0 else 0))]
+        entry_width = widths[
+            max(0, levels[cut - 1] - (1 if (cut - 1) % (self.config.blocks + 1) == 0 else 0))
+        ]
         inner_level = len(widths) - 1 - levels[self.config.input_blocks - cut - 1]
-        return Features(torch.Size((b, entry_width, h, w))), Features(torch.Size((b, widths[inner_level], h, w)))
+        return Features(torch.Size((b, entry_width, h, w))), Features(
+            torch.Size((b, widths[inner_level], h, w))
+        )
 
     def forward(self, x: Tensor, t: Tensor, conditioning: UNetConditioning) -> Tensor:
         cut = self.default_cut()

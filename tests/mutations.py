@@ -124,7 +124,17 @@ def reconfigured(data: bytes, rng: random.Random) -> bytes:
     header, body = split(data)
     config = json.loads(header.get("__metadata__", {}).get("hybridiff.config", "{}"))
     table = rng.choice(["unet", "mmdit", "vae", "clip_l", "clip_g", "t5", "defaults", None])
-    names = ["head_width", "heads", "groups", "scaling", "shift", "activation", "max_distance", "prompt", "height"]
+    names = [
+        "head_width",
+        "heads",
+        "groups",
+        "scaling",
+        "shift",
+        "activation",
+        "max_distance",
+        "prompt",
+        "height",
+    ]
     if table is None:
         config[rng.choice(["t5_length", "defaults", "vae", "family"])] = rng.choice(JUNK)
     else:
@@ -148,7 +158,19 @@ def foreign(data: bytes, rng: random.Random) -> bytes:
     return rng.choice(FOREIGN)
 
 
-MUTATIONS = (truncated, extended, flipped, scrambled, misdescribed, reshaped, renamed, repacked, reconfigured, numbered, foreign)
+MUTATIONS = (
+    truncated,
+    extended,
+    flipped,
+    scrambled,
+    misdescribed,
+    reshaped,
+    renamed,
+    repacked,
+    reconfigured,
+    numbered,
+    foreign,
+)
 
 
 def outcome(path: Path) -> str:

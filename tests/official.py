@@ -21,7 +21,9 @@ def shapes(name: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
     return {key.removeprefix(prefix): tuple(shape) for key, (_, shape) in found if key.startswith(prefix)}
 
 
-def write_sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict | None = None) -> Path:
+def write_sparse(
+    path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict | None = None
+) -> Path:
     """A safetensors file of full size, all zeros, that takes no room on the disk: name -> (dtype, shape)."""
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, (dtype, shape) in tensors.items():

@@ -53,7 +53,13 @@ def openclip_keys(layers: int) -> list[str]:
     """Names of an OpenCLIP text tower (mlfoundations/open_clip, TextTransformer)."""
     inside = [f"{layer}.{kind}" for layer in ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
               for kind in ("weight", "bias")] + ["attn.in_proj_weight", "attn.in_proj_bias"]  # fmt: skip
-    ends = ["token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection"]
+    ends = [
+        "token_embedding.weight",
+        "positional_embedding",
+        "ln_final.weight",
+        "ln_final.bias",
+        "text_projection",
+    ]
     return ends + [f"transformer.resblocks.{i}.{name}" for i in range(layers) for name in inside]
 
 
@@ -89,7 +95,11 @@ def random_states(family: str, dtype: torch.dtype, sizes: dict | None = None) ->
 
 
 def write_single(
-    path: Path, family: str, states: dict[str, dict[str, Tensor]], config: dict | None = None, extra: dict | None = None
+    path: Path,
+    family: str,
+    states: dict[str, dict[str, Tensor]],
+    config: dict | None = None,
+    extra: dict | None = None,
 ) -> Path:
     """The official single file, CLIP's and T5's tokenizer files beside it; `extra` tensors are added as they are."""
     tensors = dict(extra or {})
@@ -123,7 +133,9 @@ def theirs(family: str, part: str) -> nn.Module:
             num_attention_heads=c.heads, max_position_embeddings=c.positions, hidden_act=c.activation,
             projection_dim=c.projection or 1, bos_token_id=0, eos_token_id=2, pad_token_id=1,
         )  # fmt: skip
-        return (transformers.CLIPTextModelWithProjection if c.projection else transformers.CLIPTextModel)(sizes)
+        return (transformers.CLIPTextModelWithProjection if c.projection else transformers.CLIPTextModel)(
+            sizes
+        )
     if part == "t5":
         return transformers.T5EncoderModel(transformers.T5Config(
             vocab_size=c.vocabulary, d_model=c.width, d_kv=c.head_width, d_ff=c.mlp_width, num_layers=c.layers,
@@ -144,7 +156,9 @@ def theirs(family: str, part: str) -> nn.Module:
     )  # fmt: skip
 
 
-def write_folder(path: Path, family: str, states: dict[str, dict[str, Tensor]], shard_size: str = "10GB") -> Path:
+def write_folder(
+    path: Path, family: str, states: dict[str, dict[str, Tensor]], shard_size: str = "10GB"
+) -> Path:
     """The Hugging Face folder, with the demo's tokenizer files."""
     for part, state in states.items():
         module, folder = theirs(family, part), path / FOLDERS[family][part]

@@ -72,8 +72,12 @@ def test_missing_extra_and_misshaped_tensors_are_listed_together(tmp_path: Path)
     denoiser["final_layer.linear.bias"] = torch.zeros(7)
     denoiser["t_embedder.mlp.0.bias"] = torch.zeros(128, dtype=torch.int64)
     text = sentence(write_single(tmp_path / "x.safetensors", "sd3", states))
-    for words in ("1 missing (joint_blocks.1.x_block.attn.qkv.bias)", "1 unexpected (joint_blocks.1.x_block.attn.odd)",
-                  "1 mis-shaped (final_layer.linear.bias: [7] instead of [64])", "(t_embedder.mlp.0.bias: I64)"):
+    for words in (
+        "1 missing (joint_blocks.1.x_block.attn.qkv.bias)",
+        "1 unexpected (joint_blocks.1.x_block.attn.odd)",
+        "1 mis-shaped (final_layer.linear.bias: [7] instead of [64])",
+        "(t_embedder.mlp.0.bias: I64)",
+    ):
         assert words in text
 
 
@@ -110,7 +114,9 @@ def test_variants_that_would_give_noise_are_refused(tmp_path: Path):
         path = write_single(tmp_path / "v.safetensors", "sdxl", states, extra={name: torch.zeros(0)})
         assert "v-prediction" in sentence(path)
     for kind in ("epsilon", "v"):
-        path = write_sparse(tmp_path / "m.safetensors", tensors("sdxl-base-1.0.single"), {"modelspec.prediction_type": kind})
+        path = write_sparse(
+            tmp_path / "m.safetensors", tensors("sdxl-base-1.0.single"), {"modelspec.prediction_type": kind}
+        )
         assert "v-prediction" in sentence(path) if kind == "v" else open_checkpoint(str(path))
     wide = torch.zeros(64, 9, 3, 3, dtype=torch.float16)
     states["denoiser"]["input_blocks.0.0.weight"] = wide
@@ -206,7 +212,16 @@ def test_schedules_of_sdxl_folders(field: str | None, tmp_path: Path):
 def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "\udcff.safetensors").write_bytes(b"x" * 99)
     assert "rename it" in sentence(tmp_path / "\udcff.safetensors")
-    names = "nothing", "no/such/file.safetensors", "a\0b", "", "x" * 5000, "demo-sd4", "/dev/null", "~nobody.here/x"
+    names = (
+        "nothing",
+        "no/such/file.safetensors",
+        "a\0b",
+        "",
+        "x" * 5000,
+        "demo-sd4",
+        "/dev/null",
+        "~nobody.here/x",
+    )
     for name in names:
         sentence(name)
     os.mkfifo(tmp_path / "pipe.safetensors")  # must not wait for a writer

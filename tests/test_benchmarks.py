@@ -40,13 +40,34 @@ def test_bytes_are_those_the_transport_counts(tmp_path):
             transport = Mailbox()
             list(denoise(task, *row_plan(family, row, 12), transport))
             counted = transport.finish()
-            assert results[family][row]["by kind"] == dict(counted) and results[family][row]["bytes"] == counted.total()
+            assert (
+                results[family][row]["by kind"] == dict(counted)
+                and results[family][row]["bytes"] == counted.total()
+            )
 
 
-@pytest.mark.parametrize("family, rows", [("sdxl", ["condition", "guided-pipeline-4", "fewer-6"]), ("sd3", ["batched", "diffusers", "inner-reuse-2", "paper-6"])])
+@pytest.mark.parametrize(
+    "family, rows",
+    [
+        ("sdxl", ["condition", "guided-pipeline-4", "fewer-6"]),
+        ("sd3", ["batched", "diffusers", "inner-reuse-2", "paper-6"]),
+    ],
+)
 def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
     """Bytes `equal` by kind to the schedule's; a second run measures nothing; diffusers' network `close` to ours in bf16."""
-    options = "speed.py", "--tiny", "--family", family, "--size", 64, "--steps", 16, "--part-sizes", "--repeats", 1
+    options = (
+        "speed.py",
+        "--tiny",
+        "--family",
+        family,
+        "--size",
+        64,
+        "--steps",
+        16,
+        "--part-sizes",
+        "--repeats",
+        1,
+    )
     options = *options, "--json", tmp_path / "speed.json", "--rows"
     ran = script(*options, *rows[:-1])
     assert ran.returncode == 0, ran.stderr
@@ -62,7 +83,9 @@ def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
         if row.startswith(("guided", "inner")):
             task = replace(task, cuts=(task.denoiser.nested_cut(),))
         assert result["bytes"] == dict(total_bytes(plans_of(family, row, result["steps"]), task))
-        assert [len(seconds) for seconds in result["seconds of each step"]] == [result["steps"]] * result["ranks"]
+        assert [len(seconds) for seconds in result["seconds of each step"]] == [result["steps"]] * result[
+            "ranks"
+        ]
         assert result.get("distance from our prediction", 0.0) < 0.02
     ran = script(*options[:-3], "--repeats", 2, "--json", tmp_path / "speed.json")
     assert ran.returncode == 2 and "other conditions" in ran.stderr and "Traceback" not in ran.stderr
@@ -70,7 +93,20 @@ def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
 
 def test_some_steps_stand_for_all_where_they_are_alike(tmp_path):
     """`condition` runs two of nine steps and multiplies; `paper`, whose steps differ, runs whole; bytes `equal` to the schedule's."""
-    options = "--tiny", "--family", "sdxl", "--size", 64, "--steps", 9, "--part-sizes", "--repeats", 1, "--alike", 2
+    options = (
+        "--tiny",
+        "--family",
+        "sdxl",
+        "--size",
+        64,
+        "--steps",
+        9,
+        "--part-sizes",
+        "--repeats",
+        1,
+        "--alike",
+        2,
+    )
     ran = script("speed.py", *options, "--json", tmp_path / "speed.json", "--rows", "condition", "paper-5")
     assert ran.returncode == 0 and "| condition | 2 | 9, of 2 measured |" in ran.stdout, ran.stderr
     kept = json.loads((tmp_path / "speed.json").read_text())
@@ -79,7 +115,9 @@ def test_some_steps_stand_for_all_where_they_are_alike(tmp_path):
         result = results[f"sdxl 64 9 steps {row}"]
         assert [len(seconds) for seconds in result["seconds of each step"]] == [run] * 2
         assert result["total"] >= 9 / run * sum(result["seconds of each step"][0])
-        assert result["bytes"] == dict(total_bytes(plans_of("sdxl", row, 9), make_task("sdxl", 64, 9, dtype, True)))
+        assert result["bytes"] == dict(
+            total_bytes(plans_of("sdxl", row, 9), make_task("sdxl", 64, 9, dtype, True))
+        )
 
 
 def test_medians_are_taken_within_equal_steps():
@@ -103,7 +141,9 @@ def test_prediction_adds_up():
 def test_graphs_shows_what_was_measured():
     """The table of docs/method.md from the kept file; without a GPU the script refuses."""
     ran = script("graphs.py", "--show", "--json", BENCHMARKS / "results" / "graphs-h200-fp16.json")
-    assert ran.returncode == 0 and ran.stdout.count("equal") == 4 and "NOT EQUAL" not in ran.stdout, ran.stderr
+    assert ran.returncode == 0 and ran.stdout.count("equal") == 4 and "NOT EQUAL" not in ran.stdout, (
+        ran.stderr
+    )
     assert "| whole | 45.124 | 26.472 |" in ran.stdout
     if not torch.cuda.is_available():
         refused = script("graphs.py")

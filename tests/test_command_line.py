@@ -41,10 +41,28 @@ def torchrun(*options: str, ranks: int = 2) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("weights", ["demo-sdxl", "demo-sd3"])
 def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatch, capsys):
     """`equal` pixels for `paper`; the report and the PNG's metadata hold what they should."""
-    options = ["--weights", weights, "--seed", "3", "--steps", "12", "--preset", "paper", "--cap", "4", "--interval", "3"]
-    ran = torchrun(*options, "--out", str(tmp_path / "two.png"), "--report", str(tmp_path / "two"), "--compare-serial")
+    options = [
+        "--weights",
+        weights,
+        "--seed",
+        "3",
+        "--steps",
+        "12",
+        "--preset",
+        "paper",
+        "--cap",
+        "4",
+        "--interval",
+        "3",
+    ]
+    ran = torchrun(
+        *options, "--out", str(tmp_path / "two.png"), "--report", str(tmp_path / "two"), "--compare-serial"
+    )
     assert ran.returncode == 0, ran.stderr
-    assert call(monkeypatch, *options, "--out", str(tmp_path / "one.png"), "--report", str(tmp_path / "one")) == 0
+    assert (
+        call(monkeypatch, *options, "--out", str(tmp_path / "one.png"), "--report", str(tmp_path / "one"))
+        == 0
+    )
     said = capsys.readouterr().out
     two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
     assert two.size == (128, 128) and two.tobytes() == one.tobytes()
@@ -59,9 +77,14 @@ def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatc
         assert len(told["ranks"]) == 2 and all(len(steps) == 12 for steps in told["ranks"])
     assert report["serial"]["equal"] is False and report["serial"]["psnr"] > 10 and "serial" not in played
     pages = [(tmp_path / name / "report.html").read_text() for name in ("two", "one")]
-    assert ["times as fast as serial" in page for page in pages] == [True, False]  # one process plays the ranks in turn
+    assert ["times as fast as serial" in page for page in pages] == [
+        True,
+        False,
+    ]  # one process plays the ranks in turn
     assert report["bytes_sent"]["total"] == sum(report["bytes_sent"]["by_operation"].values()) > 0
-    assert {"load", "text", "waiting", "decode", *STAGES} <= report["seconds"].keys() and all(len(told) == 2 for told in report["seconds"].values())
+    assert {"load", "text", "waiting", "decode", *STAGES} <= report["seconds"].keys() and all(
+        len(told) == 2 for told in report["seconds"].values()
+    )
     for text in (said, ran.stdout):
         assert "seed: 3" in text and "bytes sent: " in text and "picture: " in text
     assert "warm-up -> parallelism" in ran.stdout and ran.stderr.count("fully-connecting") > 0
@@ -69,44 +92,100 @@ def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatc
 
 def test_serial_equals_condition_on_two_ranks(tmp_path, monkeypatch):
     """`equal` pixels, with a negative prompt, a non-square size and no report."""
-    options = ["--seed", "5", "--steps", "6", "--prompt", "a green star on a white background", "--negative-prompt", "red"]
+    options = [
+        "--seed",
+        "5",
+        "--steps",
+        "6",
+        "--prompt",
+        "a green star on a white background",
+        "--negative-prompt",
+        "red",
+    ]
     options += ["--height", "160", "--width", "96", "--sampler", "euler"]
     ran = torchrun(*options, "--strategy", "condition", "--out", str(tmp_path / "two.png"))
     assert ran.returncode == 0, ran.stderr
     assert call(monkeypatch, *options, "--strategy", "serial", "--out", str(tmp_path / "one.png")) == 0
     two, one = (Image.open(tmp_path / name) for name in ("two.png", "one.png"))
     assert two.size == (96, 160) and two.tobytes() == one.tobytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]  # nothing half-written is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "one.png",
+        "two.png",
+    ]  # nothing half-written is left
 
 
 def test_ranks_decode_a_large_picture_together(tmp_path, monkeypatch):
     """Nothing saved, so latents are `equal` to serial's; every rank decodes half of the rows, the pixels are `close`, above 50 dB."""
     options = ["--seed", "5", "--steps", "2", "--height", "512", "--width", "512"]
-    ran = torchrun(*options, "--reused", "0", "--out", str(tmp_path / "two.png"), "--save-latents", str(tmp_path / "two.safetensors"), "--report", str(tmp_path))
+    ran = torchrun(
+        *options,
+        "--reused",
+        "0",
+        "--out",
+        str(tmp_path / "two.png"),
+        "--save-latents",
+        str(tmp_path / "two.safetensors"),
+        "--report",
+        str(tmp_path),
+    )
     assert ran.returncode == 0, ran.stderr
-    assert call(monkeypatch, *options, "--strategy", "serial", "--out", str(tmp_path / "one.png"), "--save-latents", str(tmp_path / "one.safetensors")) == 0
+    assert (
+        call(
+            monkeypatch,
+            *options,
+            "--strategy",
+            "serial",
+            "--out",
+            str(tmp_path / "one.png"),
+            "--save-latents",
+            str(tmp_path / "one.safetensors"),
+        )
+        == 0
+    )
     two, one = (load_file(tmp_path / f"{name}.safetensors") for name in ("two", "one"))
     assert two.keys() == one.keys() and all(torch.equal(two[name], one[name]) for name in two)
     two, one = (torch.from_numpy(np.array(Image.open(tmp_path / f"{name}.png"))) for name in ("two", "one"))
     distance = psnr(two, one)
     assert distance is None or distance > 50
     report = json.loads((tmp_path / "report.json").read_text())
-    assert min(report["seconds"]["decode"]) > 0.2 * max(report["seconds"]["decode"]) and "2 ranks together" in report["exact"]["words"]
+    assert (
+        min(report["seconds"]["decode"]) > 0.2 * max(report["seconds"]["decode"])
+        and "2 ranks together" in report["exact"]["words"]
+    )
 
 
 def test_examples_in_the_docs_are_what_is_printed(monkeypatch, capsys):
     """Every schedule in docs/method.md that stands below its command, line by line."""
     docs = (SCRIPT.parent / "docs" / "method.md").read_text()
-    examples = re.findall(r"python train_free_sample.py ([^`\n]*--explain[^`\n]*)`?[^`]*\n```\n(.*?)```", docs, re.DOTALL)
+    examples = re.findall(
+        r"python train_free_sample.py ([^`\n]*--explain[^`\n]*)`?[^`]*\n```\n(.*?)```", docs, re.DOTALL
+    )
     assert len(examples) == 2
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # on a GPU fp16 is the default, and half the bytes are sent
+    monkeypatch.setattr(
+        torch.cuda, "device_count", lambda: 0
+    )  # on a GPU fp16 is the default, and half the bytes are sent
     for options, printed in examples:
         assert call(monkeypatch, *options.split()) == 0
         assert printed in capsys.readouterr().out
 
 
 def test_never_switched_is_null_and_said(tmp_path, monkeypatch, capsys):
-    options = ["--preset", "paper", "--seed", "1", "--steps", "3", "--cap", "50", "--window", "40", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
+    options = [
+        "--preset",
+        "paper",
+        "--seed",
+        "1",
+        "--steps",
+        "3",
+        "--cap",
+        "50",
+        "--window",
+        "40",
+        "--out",
+        str(tmp_path / "p.png"),
+        "--report",
+        str(tmp_path),
+    ]
     assert call(monkeypatch, *options) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tau1"] is None and report["tau2"] is None
@@ -117,7 +196,9 @@ def test_a_seed_is_drawn_and_makes_the_picture_again(tmp_path, monkeypatch):
     """`equal` pixels from the seed stored in the PNG."""
     assert call(monkeypatch, "--steps", "2", "--out", str(tmp_path / "a.png")) == 0
     first = Image.open(tmp_path / "a.png")
-    assert call(monkeypatch, "--steps", "2", "--seed", first.text["seed"], "--out", str(tmp_path / "b.png")) == 0
+    assert (
+        call(monkeypatch, "--steps", "2", "--seed", first.text["seed"], "--out", str(tmp_path / "b.png")) == 0
+    )
     assert first.tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
 
@@ -155,7 +236,12 @@ def test_unwritable_output(out, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "ranks, options",
-    [(2, ("--strategy", "serial")), (2, ("--strategy", "batched")), (3, ()), (2, ("--out", "/dev/null/p.png"))],
+    [
+        (2, ("--strategy", "serial")),
+        (2, ("--strategy", "batched")),
+        (3, ()),
+        (2, ("--out", "/dev/null/p.png")),
+    ],
 )
 def test_refused_on_every_rank(ranks, options, tmp_path):
     """Rank 0 speaks once; no rank ends well (torchrun may end the last ones itself); no traceback but torchrun's own."""
@@ -175,7 +261,10 @@ def test_check_says_what_is_there(capsys, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stored, usual", [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float16), ("F8_E4M3", torch.float16)])
+@pytest.mark.parametrize(
+    "stored, usual",
+    [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float16), ("F8_E4M3", torch.float16)],
+)
 def test_the_usual_precision(stored, usual, tmp_path):
     """fp32 on the CPU; on CUDA bf16 if the denoiser is stored so, else fp16."""
     names = {key: (stored, shape) for key, (_, shape) in tensors("sd3.5-medium.single").items()}
@@ -203,7 +292,9 @@ def test_any_command_line_ends_well():
 def test_torchrun_passes_every_option_on(monkeypatch):
     """torchrun looks at the script's options too, and gives up where one begins like two of its own, as --start does."""
     options = []
-    monkeypatch.setattr(hybridiff.options.Parser, "parse_args", lambda parser: options.extend(parser._option_string_actions))
+    monkeypatch.setattr(
+        hybridiff.options.Parser, "parse_args", lambda parser: options.extend(parser._option_string_actions)
+    )
     hybridiff.options.parse_arguments()
     for option in options:
         told = get_args_parser().parse_args(["--standalone", str(SCRIPT), option, "5"])
@@ -213,7 +304,10 @@ def test_torchrun_passes_every_option_on(monkeypatch):
 def test_a_lone_surrogate_is_refused_in_a_prompt(tmp_path, monkeypatch, capsys):
     """Bytes that are no UTF-8; a prompt in UTF-8 is understood whatever the locale has made of it."""
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "--prompt", "a \udcff", "--out", "p.png") == 2 and "U+DCFF" in capsys.readouterr().err
+    assert (
+        call(monkeypatch, "--prompt", "a \udcff", "--out", "p.png") == 2
+        and "U+DCFF" in capsys.readouterr().err
+    )
     assert call(monkeypatch, "--steps", "1", "--prompt", "gr\udcc3\udcbcn", "--out", "p.png") == 0
     assert Image.open("p.png").text["prompt"] == "grün"
 
@@ -234,7 +328,10 @@ def test_nothing_is_overwritten_unasked(tmp_path, monkeypatch, capsys):
     assert [call(monkeypatch, *few) for _ in range(2)] == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture-2.png", "picture.png"]
     (tmp_path / "picture.png").write_bytes(b"mine")
-    assert call(monkeypatch, *few, "--out", "picture.png") == 2 and (tmp_path / "picture.png").read_bytes() == b"mine"
+    assert (
+        call(monkeypatch, *few, "--out", "picture.png") == 2
+        and (tmp_path / "picture.png").read_bytes() == b"mine"
+    )
     assert "--overwrite" in capsys.readouterr().err
     assert call(monkeypatch, *few, "--out", "picture.png", "--overwrite") == 0
     assert Image.open("picture.png").tobytes() == Image.open("picture-2.png").tobytes()
@@ -243,24 +340,63 @@ def test_nothing_is_overwritten_unasked(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("family", ["demo-sdxl", "demo-sd3"])
 def test_kept_latents_make_the_same_picture(family, tmp_path, monkeypatch, capsys):
     """`equal` pixels and metadata; other files and the other family's latents are refused."""
-    options = ["--weights", family, "--out", str(tmp_path / "a.png"), "--save-latents", str(tmp_path / "l.safetensors")]
+    options = [
+        "--weights",
+        family,
+        "--out",
+        str(tmp_path / "a.png"),
+        "--save-latents",
+        str(tmp_path / "l.safetensors"),
+    ]
     assert call(monkeypatch, *options, "--steps", "2", "--seed", "5") == 0
-    assert call(monkeypatch, "--weights", family, "--decode", str(tmp_path / "l.safetensors"), "--out", str(tmp_path / "b.png")) == 0
+    assert (
+        call(
+            monkeypatch,
+            "--weights",
+            family,
+            "--decode",
+            str(tmp_path / "l.safetensors"),
+            "--out",
+            str(tmp_path / "b.png"),
+        )
+        == 0
+    )
     a, b = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
     assert a.tobytes() == b.tobytes() and a.text == b.text
     other = {"demo-sdxl": "demo-sd3", "demo-sd3": "demo-sdxl"}[family]
     capsys.readouterr()
-    for weights, file in ((other, tmp_path / "l.safetensors"), (family, tmp_path / "a.png"), (family, tmp_path / "none")):
-        assert call(monkeypatch, "--weights", weights, "--decode", str(file), "--out", str(tmp_path / "c.png")) == 2
+    for weights, file in (
+        (other, tmp_path / "l.safetensors"),
+        (family, tmp_path / "a.png"),
+        (family, tmp_path / "none"),
+    ):
+        assert (
+            call(monkeypatch, "--weights", weights, "--decode", str(file), "--out", str(tmp_path / "c.png"))
+            == 2
+        )
         assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "c.png").exists()
 
 
 def test_the_picture_is_there_before_serials(tmp_path, monkeypatch, capsys):
     """--compare-serial that fails does not lose the picture."""
+
     def fail(*_):
         raise MemoryError
+
     monkeypatch.setattr(train_free_sample, "make_serial", fail)
-    assert call(monkeypatch, "--steps", "1", "--out", str(tmp_path / "a.png"), "--report", str(tmp_path), "--compare-serial") == 1
+    assert (
+        call(
+            monkeypatch,
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path / "a.png"),
+            "--report",
+            str(tmp_path),
+            "--compare-serial",
+        )
+        == 1
+    )
     assert "out of memory" in capsys.readouterr().err and Image.open(tmp_path / "a.png").size == (128, 128)
 
 

@@ -25,7 +25,9 @@ def test_noise_and_blur_do_not_fool_it():
     generator = torch.Generator().manual_seed(0)
     verdicts = []
     for scene, caption in DRAWN[:40]:
-        soft = torch.nn.functional.avg_pool2d(render(scene)[None], 3, stride=1, padding=1, count_include_pad=False)[0]
+        soft = torch.nn.functional.avg_pool2d(
+            render(scene)[None], 3, stride=1, padding=1, count_include_pad=False
+        )[0]
         verdicts.append(compare(scene, caption, soft + 0.03 * torch.randn(soft.shape, generator=generator)))
     assert min(shares(verdicts).values()) >= 0.95
 
@@ -34,8 +36,12 @@ def test_noise_and_blur_do_not_fool_it():
 def test_one_wrong_thing_is_found(change):
     item = Object("red", "circle", "large", 0.4, 0.5, 0.2)
     asked = Scene("white", (item,))
-    wrong = {"colour": Object("blue", "circle", "large", 0.4, 0.5, 0.2), "shape": Object("red", "square", "large", 0.4, 0.5, 0.2),
-             "size": Object("red", "circle", "small", 0.4, 0.5, 0.12), "background": item}[change]
+    wrong = {
+        "colour": Object("blue", "circle", "large", 0.4, 0.5, 0.2),
+        "shape": Object("red", "square", "large", 0.4, 0.5, 0.2),
+        "size": Object("red", "circle", "small", 0.4, 0.5, 0.12),
+        "background": item,
+    }[change]
     shown = Scene("black" if change == "background" else "white", (wrong,))
     verdict = compare(asked, "a large red circle on a white background", render(shown))
     assert [question for question, right in verdict.items() if right is False] == [change]
@@ -58,8 +64,14 @@ def test_a_thing_of_two_colours_has_none():
 
 def test_truth_goes_by_place():
     """The first object is the left or upper one, whichever the caption names first."""
-    left, right = Object("red", "ring", "small", 0.2, 0.5, 0.1), Object("blue", "star", "large", 0.7, 0.5, 0.2)
-    answers = [truth(Scene("white", pair, name)) for pair, name in (((left, right), "left of"), ((right, left), "right of"))]
+    left, right = (
+        Object("red", "ring", "small", 0.2, 0.5, 0.1),
+        Object("blue", "star", "large", 0.7, 0.5, 0.2),
+    )
+    answers = [
+        truth(Scene("white", pair, name))
+        for pair, name in (((left, right), "left of"), ((right, left), "right of"))
+    ]
     assert answers[0] == answers[1]
     said = {question: names[number] for (question, names), number in zip(ANSWERS.items(), answers[0])}
     assert said["arrangement"] == "row" and said["first shape"] == "ring" and said["second colour"] == "blue"
@@ -69,5 +81,9 @@ def test_hints_name_only_what_is_there():
     rng = random.Random(0)
     for scene, _ in DRAWN:
         words = set(hint(scene, rng).split())
-        there = {scene.background, *(item.colour for item in scene.objects), *(item.shape for item in scene.objects)}
+        there = {
+            scene.background,
+            *(item.colour for item in scene.objects),
+            *(item.shape for item in scene.objects),
+        }
         assert words & (set(COLOURS) | set(SHAPES)) <= there and words

@@ -54,11 +54,15 @@ def test_killed_run_goes_on(tmp_path, killed_at, muon):
     fit(whole)
     with pytest.raises(Killed):
         fit(run_in(tmp_path, muon=muon), killed_at)
-    resumed = run_in(tmp_path, model_seed=1 if killed_at >= 3 else 0, muon=muon)  # what it begins with does not matter once a state is there
+    resumed = run_in(
+        tmp_path, model_seed=1 if killed_at >= 3 else 0, muon=muon
+    )  # what it begins with does not matter once a state is there
     assert resumed.step == killed_at - killed_at % 3
     fit(resumed)
     for name, weight in whole.trained.items():
-        assert torch.equal(weight, resumed.trained[name]) and torch.equal(whole.average[name], resumed.average[name])
+        assert torch.equal(weight, resumed.trained[name]) and torch.equal(
+            whole.average[name], resumed.average[name]
+        )
     assert [step for step, _ in resumed.curve] == [3, 6, 9, 12] and resumed.curve == whole.curve
     assert loop.record(tmp_path / "run.safetensors")["steps"] == 12
 
@@ -67,7 +71,10 @@ def test_states_of_other_runs_are_refused(tmp_path):
     """One sentence for another plan, another source, another network; and for a loss that is no number, with the state before it kept."""
     fit(run_in(tmp_path))
     file, model = tmp_path / "run.safetensors", nn.Linear(3, 1)
-    for kind, words in ((replace(PLAN, steps=13), "steps 12 instead of 13"), (replace(PLAN, rate=1e-3), "rate 0.01 instead of 0.001")):
+    for kind, words in (
+        (replace(PLAN, steps=13), "steps 12 instead of 13"),
+        (replace(PLAN, rate=1e-3), "rate 0.01 instead of 0.001"),
+    ):
         with pytest.raises(SystemExit, match=words):
             Run(model, kind, file)
     with pytest.raises(SystemExit, match="source .* instead of other"):
@@ -97,7 +104,21 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     kept = train.train_denoiser
 
     def call(*options: str) -> None:
-        monkeypatch.setattr("sys.argv", ["train", "--family", "sd3", "--out", str(out), "--weights", str(weights), "--steps", "2", *options])
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "train",
+                "--family",
+                "sd3",
+                "--out",
+                str(out),
+                "--weights",
+                str(weights),
+                "--steps",
+                "2",
+                *options,
+            ],
+        )
         train.main()
 
     def killed(model, run, *rest) -> None:
@@ -113,12 +134,18 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_denoiser", killed)
     with pytest.raises(Killed):
         call()
-    assert "sd3-denoiser.safetensors yet; train first" in refused("--export") and not (weights / "demo-sd3.safetensors").exists()
+    assert (
+        "sd3-denoiser.safetensors yet; train first" in refused("--export")
+        and not (weights / "demo-sd3.safetensors").exists()
+    )
     monkeypatch.setattr(train, "train_denoiser", kept)
     call()
     told = json.loads((weights / "demo-sd3.training.json").read_text())
     assert list(told["stages"]) == ["text-encoders", "sd3-vae", "sd3-coarse", "sd3-denoiser"]
-    assert all(stage["steps"] == 2 and stage["device"] == "cpu" and len(stage["loss"]) == 1 for stage in told["stages"].values())
+    assert all(
+        stage["steps"] == 2 and stage["device"] == "cpu" and len(stage["loss"]) == 1
+        for stage in told["stages"].values()
+    )
     checkpoint = open_checkpoint(str(weights / "demo-sd3.safetensors"))
     assert checkpoint.family == "sd3" and checkpoint.defaults["guidance"] == 3.0
     (weights / "demo-sd3.safetensors").unlink()
@@ -150,8 +177,13 @@ def test_killed_while_it_saves(tmp_path, monkeypatch):
 def test_training_begins_with_a_checkpoint(family):
     """Equal: the denoiser is the checkpoint's."""
     given = open_checkpoint(f"demo-{family}")
-    kept, state = given.load("denoiser", torch.float32).state_dict(), begun(family, TextEncoders(100, 100), given).denoiser.state_dict()
-    assert state.keys() == kept.keys() and all(torch.equal(tensor, kept[name]) for name, tensor in state.items())
+    kept, state = (
+        given.load("denoiser", torch.float32).state_dict(),
+        begun(family, TextEncoders(100, 100), given).denoiser.state_dict(),
+    )
+    assert state.keys() == kept.keys() and all(
+        torch.equal(tensor, kept[name]) for name, tensor in state.items()
+    )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -170,12 +202,18 @@ def test_single_latents_begin_where_patches_stand():
     fine = begun("sd3", coarse.encoders, SimpleNamespace(load=lambda *_: coarse.denoiser))
     assert fine.denoiser.config.patch == 1
     latent, states = torch.randn(1, 16, 1, 1), torch.randn(1, coarse.denoiser.config.width)
-    embedded = [model.denoiser.x_embedder.proj(latent.expand(1, 16, side, side)) for model, side in ((coarse, 2), (fine, 1))]
+    embedded = [
+        model.denoiser.x_embedder.proj(latent.expand(1, 16, side, side))
+        for model, side in ((coarse, 2), (fine, 1))
+    ]
     torch.testing.assert_close(*embedded)
     written = [model.denoiser.final_layer.linear(states) for model in (coarse, fine)]
     torch.testing.assert_close(written[0].unflatten(1, (4, 16)).mean(dim=1), written[1])
     resized = ("pos_embed", "x_embedder.", "final_layer.linear.")
-    between = [{name: tensor for name, tensor in model.denoiser.state_dict().items() if not name.startswith(resized)} for model in (coarse, fine)]
+    between = [
+        {name: tensor for name, tensor in model.denoiser.state_dict().items() if not name.startswith(resized)}
+        for model in (coarse, fine)
+    ]
     assert all(torch.equal(tensor, between[1][name]) for name, tensor in between[0].items())
 
 
@@ -184,7 +222,9 @@ def test_covered_pixels_are_counted():
     pictures = torch.zeros(1, 3, 32, 32)
     pictures[:, 1, 1:9, 1:9] = 0.5
     counts = covered(pictures)
-    assert counts.dtype == torch.uint8 and counts[0, 0, 0] == 1 and counts[0, 1, 1] == 4 and counts.sum() == 64
+    assert (
+        counts.dtype == torch.uint8 and counts[0, 0, 0] == 1 and counts[0, 1, 1] == 4 and counts.sum() == 64
+    )
 
 
 def test_reading_of_outlines_by_hand():
@@ -211,7 +251,15 @@ def test_one_step_of_a_denoiser(family):
     side, channels = model.reading.cells, model.latent_channels
     ids, empty = torch.randint(100, (2, 3, LENGTH)), torch.zeros(1, 3, LENGTH, dtype=torch.long)
     scenes, shares = torch.zeros(2, 2, side**2, dtype=torch.long), torch.rand(2, 64, 64)
-    loss = model.loss(model.reading, torch.randn(2, channels, 16, 16), ids, scenes, shares, empty, torch.Generator().manual_seed(0))
+    loss = model.loss(
+        model.reading,
+        torch.randn(2, channels, 16, 16),
+        ids,
+        scenes,
+        shares,
+        empty,
+        torch.Generator().manual_seed(0),
+    )
     loss.backward()
     assert loss.isfinite()
     standing, outlines = model.reading.reader.weight.grad.split([1 + len(SHAPES) + len(COLOURS), PARTS**2])
@@ -236,7 +284,12 @@ def test_autoencoder_loss_by_hand(halved):
     """One colour costs nothing; a chessboard of squares of two pixels its fast changes, and halved, where its latents cancel, its error too."""
     noise = torch.zeros(1, 1, 4, 4)
     assert autoencoder_loss(Nearest(), torch.ones(1, 1, 8, 8), noise, Weights(0.0, 0.5), halved) == 0
-    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2).repeat_interleave(2, 0).repeat_interleave(2, 1)[None, None]
+    board = (
+        torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        .repeat(2, 2)
+        .repeat_interleave(2, 0)
+        .repeat_interleave(2, 1)[None, None]
+    )
     loss = autoencoder_loss(Nearest(), board, noise, Weights(kl=0.0, fast=0.5), halved)
     edges = 2 + 2  # between neighbours of a halved picture, which is a chessboard of single pixels
     assert loss.item() == pytest.approx(0.5 + (1 + 1 + edges if halved else 0))

@@ -23,7 +23,11 @@ def counted(*shape: int, start: int = 0) -> Tensor:
 
 
 def test_query_key_value_are_joined_in_this_order():
-    stream = {"attn.to_{}": "x_block.attn", "attn.add_{}_proj": "context_block.attn", "attn2.to_{}": "x_block.attn2"}
+    stream = {
+        "attn.to_{}": "x_block.attn",
+        "attn.add_{}_proj": "context_block.attn",
+        "attn2.to_{}": "x_block.attn2",
+    }
     for theirs, ours in stream.items():
         names = [f"transformer_blocks.0.{theirs.format(letter)}.weight" for letter in "vqk"]  # in any order
         v, q, k = tensors = [counted(4, 4, start=100 * i) for i in range(3)]
@@ -40,7 +44,10 @@ def test_halves_are_swapped_in_four_tensors_only():
     swapped = {name for name, tensor in made("mmdit", tensors).items() if tensor.flatten()[0] != 0}
     last = ("joint_blocks.2.context_block.adaLN_modulation.1", "final_layer.adaLN_modulation.1")
     assert swapped == {f"{name}.{kind}" for name in last for kind in ("weight", "bias")}
-    assert made("mmdit", tensors)["final_layer.adaLN_modulation.1.bias"].tolist() == [*range(6, 12), *range(6)]
+    assert made("mmdit", tensors)["final_layer.adaLN_modulation.1.bias"].tolist() == [
+        *range(6, 12),
+        *range(6),
+    ]
 
 
 def test_openclip_thirds_and_transposed_projection():
@@ -106,13 +113,17 @@ def test_places_in_the_autoencoder():
              "decoder.mid_block.attentions.0.query.bias"], ["to_q"]),
     ("clip", ["transformer.resblocks.0.ln_1.bias", "text_projection", "text_projection.weight"], ["text_projection.weight"]),
 ])  # fmt: skip
-def test_what_no_rule_knows_or_two_keys_claim_is_unexpected(kind: str, keys: list[str], unexpected: list[str]):
+def test_what_no_rule_knows_or_two_keys_claim_is_unexpected(
+    kind: str, keys: list[str], unexpected: list[str]
+):
     _, found = translate(kind, keys)
     assert len(found) == len(unexpected) and all(word in key for word, key in zip(unexpected, found))
 
 
 def test_an_incomplete_query_key_value_makes_nothing():
-    sources, _ = translate("mmdit", ["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"])
+    sources, _ = translate(
+        "mmdit", ["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"]
+    )
     assert sources == {}
 
 

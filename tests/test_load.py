@@ -55,7 +55,10 @@ def assert_equal(checkpoint: Checkpoint, states: dict[str, dict[str, Tensor]]) -
     for part, state in states.items():
         loaded = checkpoint.load(part, checkpoint.dtype(part)).state_dict()
         assert loaded.keys() == state.keys()
-        assert all(torch.equal(loaded[name], tensor) and loaded[name].is_contiguous() for name, tensor in state.items())
+        assert all(
+            torch.equal(loaded[name], tensor) and loaded[name].is_contiguous()
+            for name, tensor in state.items()
+        )
 
 
 def test_both_layouts_give_bit_equal_modules(family: str, states: dict, single: Path, folder: Path):
@@ -101,14 +104,24 @@ def test_shards_and_fp16_variants_of_a_folder(family: str, states: dict, folder:
         file.rename(file.with_suffix(".fp16.safetensors"))
     assert_equal(open_checkpoint(str(tmp_path / "fp16")), states)
     for file in list((tmp_path / "fp16").rglob("*.fp16.safetensors")):  # the plain files were not fetched
-        file.with_name(file.name.replace(".fp16", "")).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        file.with_name(file.name.replace(".fp16", "")).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        )
     assert_equal(open_checkpoint(str(tmp_path / "fp16")), states)
-    assert sum("the variant fp16 beside it is taken" in remark for remark in open_checkpoint(str(tmp_path / "fp16")).remarks) == len(states)
-    shutil.copytree(tmp_path / "shards", tmp_path / "old")  # numbers before the variant, as diffusers once named them
+    assert sum(
+        "the variant fp16 beside it is taken" in remark
+        for remark in open_checkpoint(str(tmp_path / "fp16")).remarks
+    ) == len(states)
+    shutil.copytree(
+        tmp_path / "shards", tmp_path / "old"
+    )  # numbers before the variant, as diffusers once named them
     for file in list((tmp_path / "old").rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))
     for stray in ("another_model", "pytorch_lora_weights"):  # beside the model's own file
-        save_file({"x": torch.zeros(1)}, next((tmp_path / "old").glob("vae/*.safetensors")).with_name(f"{stray}.safetensors"))
+        save_file(
+            {"x": torch.zeros(1)},
+            next((tmp_path / "old").glob("vae/*.safetensors")).with_name(f"{stray}.safetensors"),
+        )
     assert_equal(open_checkpoint(str(tmp_path / "old")), states)
     next((tmp_path / "shards" / FOLDERS[family]["denoiser"]).glob("*-00002-of-*.safetensors")).unlink()
     with pytest.raises(WeightsError, match="shards: fetch the others"):
@@ -126,14 +139,18 @@ def test_optional_tensors_are_accepted_present(family: str, states: dict, tmp_pa
     } if family == "sdxl" else {
         "model.model_sampling.sigmas": torch.zeros(1000), "text_encoders.t5xxl.logit_scale": torch.tensor(1.0),
     }  # fmt: skip
-    assert_equal(open_checkpoint(str(write_single(tmp_path / "x.safetensors", family, states, extra=extra))), states)
+    assert_equal(
+        open_checkpoint(str(write_single(tmp_path / "x.safetensors", family, states, extra=extra))), states
+    )
 
 
 def test_clip_l_of_sdxl_without_its_unused_end(tmp_path: Path):
     sizes = SIZES["sdxl"] | {"clip_l": replace(SIZES["sdxl"]["clip_l"], width=768, heads=12, layers=12)}
     sizes["denoiser"] = replace(sizes["denoiser"], context_width=768 + 128)
     states = random_states("sdxl", torch.float16, sizes)
-    short = {k: v for k, v in states["clip_l"].items() if ".layers.11." not in k and "final_layer_norm" not in k}
+    short = {
+        k: v for k, v in states["clip_l"].items() if ".layers.11." not in k and "final_layer_norm" not in k
+    }
     write_single(tmp_path / "whole.safetensors", "sdxl", states)
     write_single(tmp_path / "short.safetensors", "sdxl", states | {"clip_l": short})
     ids = torch.tensor([[1, 5, 9, 2, 0]])
@@ -153,13 +170,19 @@ def test_bigg_with_its_projection_stored_as_a_linear_layer(tmp_path: Path):
 
 def test_a_projection_of_clip_l_counts_in_sd3_folders_alone(tmp_path: Path):
     """Inside a file, named by option or found beside: the module is that without one, as in Stability's code."""
-    sizes = SIZES["sd3"] | {"clip_l": replace(SIZES["sd3"]["clip_l"], width=768, heads=12, layers=12)}  # the width tells what a lone file is
+    sizes = SIZES["sd3"] | {
+        "clip_l": replace(SIZES["sd3"]["clip_l"], width=768, heads=12, layers=12)
+    }  # the width tells what a lone file is
     sizes["denoiser"] = replace(sizes["denoiser"], pooled_width=768 + 128)
     states = random_states("sd3", torch.float16, sizes)
     projected = states["clip_l"] | {"text_projection.weight": torch.ones(768, 768, dtype=torch.float16)}
     (tmp_path / "alone").mkdir()
     inside = write_single(tmp_path / "m.safetensors", "sd3", states | {"clip_l": projected})
-    alone = write_single(tmp_path / "alone" / "m.safetensors", "sd3", {part: state for part, state in states.items() if part != "clip_l"})
+    alone = write_single(
+        tmp_path / "alone" / "m.safetensors",
+        "sd3",
+        {part: state for part, state in states.items() if part != "clip_l"},
+    )
     save_file(projected, tmp_path / "clip.safetensors")
     assert_equal(open_checkpoint(str(inside)), states)
     assert_equal(open_checkpoint(str(alone), text_encoders=[str(tmp_path / "clip.safetensors")]), states)
@@ -171,7 +194,9 @@ def test_a_projection_of_clip_l_counts_in_sd3_folders_alone(tmp_path: Path):
     write_folder(folder, "sd3", {part: small[part] for part in ("denoiser", "clip_l")})
     file = folder / "text_encoder" / "model.safetensors"
     save_file(load_file(file) | {"text_projection.weight": projection}, file)
-    assert_equal(open_checkpoint(str(folder)), {"clip_l": small["clip_l"] | {"text_projection.weight": projection}})
+    assert_equal(
+        open_checkpoint(str(folder)), {"clip_l": small["clip_l"] | {"text_projection.weight": projection}}
+    )
 
 
 def test_t5_under_either_name_of_its_table_and_in_fp8(tmp_path: Path):
@@ -200,29 +225,43 @@ def test_t5_runs_in_its_stored_fp8(tmp_path: Path, dtype: torch.dtype):
     states["t5"] = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in states["t5"].items()}
     checkpoint = open_checkpoint(str(write_single(tmp_path / "x.safetensors", "sd3", states)))
     whole, stored = (checkpoint.load("t5", dtype, stored=stored) for stored in (False, True))
-    kept = sum(tensor.nbytes for tensor in stored.state_dict().values() if tensor.dtype == torch.float8_e4m3fn)
+    kept = sum(
+        tensor.nbytes for tensor in stored.state_dict().values() if tensor.dtype == torch.float8_e4m3fn
+    )
     assert kept == sum(layer.weight.numel() for layer in whole.modules() if isinstance(layer, nn.Linear)) > 0
     ids = checkpoint.tokenizer("t5")("a red star")
     with torch.inference_mode():
         assert torch.equal(whole(ids), stored(ids))
-        told = [encode(checkpoint, "a red star", None, 32, 32, torch.device("cpu"), dtype, t5) for t5 in ("device", "cpu", "fp8")]
+        told = [
+            encode(checkpoint, "a red star", None, 32, 32, torch.device("cpu"), dtype, t5)
+            for t5 in ("device", "cpu", "fp8")
+        ]
     device, cpu, fp8 = (branches["cond"].text for branches in told)
     assert torch.equal(device, fp8) and cpu.dtype == dtype
-    assert torch.equal(device, cpu) if dtype == torch.float32 else relative(cpu, device) < 0.02  # there T5 computes in fp32
+    assert (
+        torch.equal(device, cpu) if dtype == torch.float32 else relative(cpu, device) < 0.02
+    )  # there T5 computes in fp32
 
 
 def test_t5_on_the_cpu_is_the_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever the precision of the rest: its linear layers are not copied, and the text is `equal` to that of copied ones."""
-    checkpoint = open_checkpoint(str(write_single(tmp_path / "x.safetensors", "sd3", random_states("sd3", torch.float16))))
+    checkpoint = open_checkpoint(
+        str(write_single(tmp_path / "x.safetensors", "sd3", random_states("sd3", torch.float16)))
+    )
     told, loaded, load = [], [], checkpoint.load
     for forced in (False, True):
+
         def spy(part: str, *options, stored: bool = False, forced: bool = forced):
             loaded.append((part, stored))
             return load(part, *options, stored=stored and not forced)
 
         monkeypatch.setattr(checkpoint, "load", spy)
         with torch.inference_mode():
-            told.append(encode(checkpoint, "a red star", None, 32, 32, torch.device("cpu"), torch.float32)["cond"].text)
+            told.append(
+                encode(checkpoint, "a red star", None, 32, 32, torch.device("cpu"), torch.float32)[
+                    "cond"
+                ].text
+            )
     assert torch.equal(*told) and loaded.count(("t5", True)) == 2
 
 
@@ -239,9 +278,14 @@ def test_text_encoders_beside_an_sd3_file_or_by_option(tmp_path: Path):
     states = random_states("sd3", torch.float16)
     encoders = {part: states[part] for part in ("clip_l", "clip_g", "t5")}
     (tmp_path / "alone").mkdir()
-    alone = write_single(tmp_path / "alone" / "m.safetensors", "sd3", {p: states[p] for p in ("denoiser", "vae")})
+    alone = write_single(
+        tmp_path / "alone" / "m.safetensors", "sd3", {p: states[p] for p in ("denoiser", "vae")}
+    )
     checkpoint = open_checkpoint(str(alone))
-    assert checkpoint.parts == ("denoiser", "vae") and [s.split()[0] for s in needs(checkpoint)] == ["clip_l", "clip_g"]
+    assert checkpoint.parts == ("denoiser", "vae") and [s.split()[0] for s in needs(checkpoint)] == [
+        "clip_l",
+        "clip_g",
+    ]
     assert "can be left out" in describe(checkpoint) and "Needed: clip_l is missing" in describe(checkpoint)
     files = []
     for i, (part, state) in enumerate(encoders.items()):
@@ -260,9 +304,13 @@ def test_text_encoders_beside_an_sd3_file_or_by_option(tmp_path: Path):
 def test_a_text_encoder_beside_that_does_not_fit_gives_way_to_one_that_does(tmp_path: Path):
     """Of the files for one part the largest is taken that fits; where none does, the note says why."""
     states = random_states("sd3", torch.float16)
-    path = write_single(tmp_path / "m.safetensors", "sd3", {part: state for part, state in states.items() if part != "t5"})
+    path = write_single(
+        tmp_path / "m.safetensors", "sd3", {part: state for part, state in states.items() if part != "t5"}
+    )
     larger = {name: tensor.float() for name, tensor in states["t5"].items()}
-    odd = larger | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.zeros(32, 2)}  # as in umT5
+    odd = larger | {
+        "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.zeros(32, 2)
+    }  # as in umT5
     scaled = larger | {"scaled_fp8": torch.zeros(2)}
     for name, state in (("a", odd), ("t5_scaled", scaled)):
         save_file(state, tmp_path / f"{name}.safetensors")
@@ -288,14 +336,18 @@ def test_a_folder_whose_t5_cannot_be_used_opens_without_it(tmp_path: Path):
         "cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
         norm: lambda file: save_file(lacking, file),
         "T5 128 wide": lambda file: save_file(narrow, file),
-        "feed_forward_proj": lambda file: file.with_name("config.json").write_text('{"feed_forward_proj": "relu"}'),
+        "feed_forward_proj": lambda file: file.with_name("config.json").write_text(
+            '{"feed_forward_proj": "relu"}'
+        ),
     }
     for i, (words, spoil) in enumerate(spoilt.items()):
         folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
         spoil(folder / "text_encoder_3" / "model.safetensors")
         checkpoint = open_checkpoint(str(folder))
         (note,) = checkpoint.notes["t5"]
-        assert words in note and f"Optional: t5 is missing ({note}): fetch its sub-folder" in describe(checkpoint)
+        assert words in note and f"Optional: t5 is missing ({note}): fetch its sub-folder" in describe(
+            checkpoint
+        )
         assert checkpoint.parts == ("denoiser", "vae", "clip_l", "clip_g") and needs(checkpoint) == []
         assert_equal(checkpoint, {part: state for part, state in states.items() if part != "t5"})
         assert_equal(open_checkpoint(str(folder), text_encoders=[str(tmp_path / "t5.safetensors")]), states)
@@ -307,7 +359,9 @@ def test_a_text_encoder_that_is_named_makes_the_folders_own_unneeded(tmp_path: P
     """Here the folder's CLIP-L is a pickle."""
     sizes = SIZES["sd3"] | {"clip_l": replace(SIZES["sd3"]["clip_l"], width=768, heads=12, layers=12)}
     write_folder(tmp_path / "model", "sd3", random_states("sd3", torch.float16))
-    (tmp_path / "model" / "text_encoder" / "model.safetensors").rename(tmp_path / "model" / "text_encoder" / "model.bin")
+    (tmp_path / "model" / "text_encoder" / "model.safetensors").rename(
+        tmp_path / "model" / "text_encoder" / "model.bin"
+    )
     save_file(random_states("sd3", torch.float16, sizes)["clip_l"], tmp_path / "clip.safetensors")
     with pytest.raises(WeightsError, match="only pickles"):
         open_checkpoint(str(tmp_path / "model"))
@@ -346,12 +400,18 @@ def test_tokenizers(family: str, single: Path, folder: Path):
 def test_padding_is_what_the_folder_declares(folder: Path, tmp_path: Path, pad: str | None):
     """`equal` to transformers' ids; bigG's own padding is 0, for a folder that declares nothing."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    theirs = transformers.CLIPTokenizerFast.from_pretrained(folder / "tokenizer_2", pad_token=pad or "!", model_max_length=12)
+    theirs = transformers.CLIPTokenizerFast.from_pretrained(
+        folder / "tokenizer_2", pad_token=pad or "!", model_max_length=12
+    )
     if pad is not None:
         theirs.save_pretrained(tmp_path / "tokenizer_2")
     for text in ("a red circle", "", "a circle ! and! more" if pad == "!" else "so!"):
         ids = theirs(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        assert pad is None and "!" in text or torch.equal(open_checkpoint(str(tmp_path)).tokenizer("clip_g")(text), ids)
+        assert (
+            pad is None
+            and "!" in text
+            or torch.equal(open_checkpoint(str(tmp_path)).tokenizer("clip_g")(text), ids)
+        )
 
 
 def test_tokenizers_of_a_folder_saved_by_transformers_5(folder: Path, family: str, tmp_path: Path):
@@ -368,7 +428,8 @@ def test_tokenizers_of_a_folder_saved_by_transformers_5(folder: Path, family: st
     if family == "sd3":
         (tmp_path / "tokenizer_3" / "spiece.model").unlink()
         t5_oracle(folder / "tokenizer_3" / "spiece.model").backend_tokenizer.save(
-            str(tmp_path / "tokenizer_3" / "tokenizer.json"))
+            str(tmp_path / "tokenizer_3" / "tokenizer.json")
+        )
         assert torch.equal(after.tokenizer("t5")("A red circle!"), before.tokenizer("t5")("A red circle!"))
 
 
@@ -379,7 +440,9 @@ def write_official(path: Path, name: str) -> Path:
 
 def test_official_files_are_recognised_from_their_headers(tmp_path: Path):
     sdxl = open_checkpoint(str(write_official(tmp_path, "sdxl-base-1.0.single")))
-    assert (sdxl.family, sdxl.parts) == ("sdxl", ("denoiser", "vae", "clip_l", "clip_g")) and needs(sdxl) == []
+    assert (sdxl.family, sdxl.parts) == ("sdxl", ("denoiser", "vae", "clip_l", "clip_g")) and needs(
+        sdxl
+    ) == []
     assert sdxl.tokenizer("clip_g")("a photo of a cat")[0, :9].tolist() == [
         49406, 320, 1125, 539, 320, 2368, 49407, 0, 0]  # fmt: skip
     assert sdxl.tokenizer("clip_l")("!")[0, :4].tolist() == [49406, 256, 49407, 49407]
@@ -392,7 +455,9 @@ def test_official_files_are_recognised_from_their_headers(tmp_path: Path):
         open_checkpoint(str(write_official(tmp_path, "sd-1.5.single")))
 
 
-def test_t5_vocabulary_by_option_from_the_cache_or_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_t5_vocabulary_by_option_from_the_cache_or_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     states = random_states("sd3", torch.float16)
     path = write_single(tmp_path / "x.safetensors", "sd3", states)
     (tmp_path / "spiece.model").rename(tmp_path / "elsewhere")
@@ -401,13 +466,21 @@ def test_t5_vocabulary_by_option_from_the_cache_or_a_sentence(tmp_path: Path, mo
     assert needs(open_checkpoint(str(path)), t5=False) == []
     assert needs(open_checkpoint(str(path), t5_file=str(tmp_path / "elsewhere"))) == []
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("weights.tokenizers.T5_WORDS", (PIECES, PIECES))  # as if it were the official vocabulary
+    monkeypatch.setattr(
+        "weights.tokenizers.T5_WORDS", (PIECES, PIECES)
+    )  # as if it were the official vocabulary
     snapshot = tmp_path / "hub" / "models--google--t5-v1_1-xxl" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     shutil.copy(tmp_path / "elsewhere", snapshot / "spiece.model")
     assert needs(open_checkpoint(str(path))) == []
     model = io.BytesIO()  # another family's order of the first pieces, such as Llama's
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a red circle"] * 9), model_writer=model, vocab_size=12, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle"] * 9),
+        model_writer=model,
+        vocab_size=12,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     for content in (b"<html>", b"", model.getvalue()):
         (tmp_path / "spiece.model").write_bytes(content)
         assert "cannot be read" in needs(open_checkpoint(str(path)))[0]
@@ -446,11 +519,15 @@ def test_a_hub_id_is_fetched(folder: Path, family: str, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in)
     checkpoint = open_checkpoint("someone/something")
     assert (checkpoint.family, needs(checkpoint)) == (family, [])
-    with pytest.raises(WeightsError, match=r"\(OSError: 401 Client Error\).* `hf download someone/else --local-dir DIR`"):
+    with pytest.raises(
+        WeightsError, match=r"\(OSError: 401 Client Error\).* `hf download someone/else --local-dir DIR`"
+    ):
         open_checkpoint("someone/else")
 
 
-def test_a_hub_id_is_taken_from_the_cache(folder: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_id_is_taken_from_the_cache(
+    folder: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     with pytest.raises(WeightsError, match="pip install huggingface_hub"):

@@ -87,7 +87,10 @@ def test_official_names_and_shapes(case: str):
 @pytest.mark.parametrize("case", [case for case in CASES if case != "sdxl clip_g"])
 def test_names_equal_the_single_file_with_nothing_but_the_prefix_removed(case: str):
     kind, config, _, single, prefix, _, _ = CASES[case]
-    official = set(shapes(single, prefix)) - {"text_model.embeddings.position_ids", "encoder.embed_tokens.weight"}
+    official = set(shapes(single, prefix)) - {
+        "text_model.embeddings.position_ids",
+        "encoder.embed_tokens.weight",
+    }
     assert set(build(kind, config).state_dict()) == official
 
 
@@ -117,8 +120,12 @@ def test_both_layouts_agree_with_the_official_map(case: str):
     _, ours = translated(kind, shapes(single, prefix))
     _, theirs = translated(kind, shapes(folder))
     assert ours.keys() == theirs.keys()
-    operations = {("copy", "copy"): "copy", ("copy", "swap"): "swap2", ("copy", "conv"): "squeeze11",
-                  ("transpose", "copy"): "T"}  # (single, folder) -> the map's word
+    operations = {
+        ("copy", "copy"): "copy",
+        ("copy", "swap"): "swap2",
+        ("copy", "conv"): "squeeze11",
+        ("transpose", "copy"): "T",
+    }  # (single, folder) -> the map's word
     found = set()
     for name_, source in ours.items():
         other = theirs[name_]

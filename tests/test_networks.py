@@ -155,7 +155,9 @@ def test_autoencoder_with_the_old_attention_names_equal():
     assert renamed.keys() != tensors.keys()
     for key, source in translate("vae", tensors)[0].items():
         other = translate("vae", renamed)[0][key]
-        assert torch.equal(source.make([tensors[k] for k in source.keys]), other.make([renamed[k] for k in other.keys]))
+        assert torch.equal(
+            source.make([tensors[k] for k in source.keys]), other.make([renamed[k] for k in other.keys])
+        )
 
 
 @pytest.mark.parametrize("height, width", [(8, 12), (9, 14), (11, 7)])
@@ -165,24 +167,34 @@ def test_every_cut_of_the_unet_equals_forward(blocks: int, height: int, width: i
     config = UNetConfig(channels=16, multipliers=(1, 2, 4), blocks=blocks, depths=(0, 1, 1), middle_depth=1,
                         heads=(1, 2, 4), context_width=24, vector_width=20, groups=8)  # fmt: skip
     net = randomize(UNet(config))
-    x, t, conditioning = noise(1, 4, height, width), torch.tensor([700.0]), UNetConditioning(noise(1, 5, 24), noise(1, 20))
+    x, t, conditioning = (
+        noise(1, 4, height, width),
+        torch.tensor([700.0]),
+        UNetConditioning(noise(1, 5, 24), noise(1, 20)),
+    )
     expected = net(x, t, conditioning)
     for cut in range(1, config.input_blocks):
         features, skips = net.entry(x, t, conditioning, cut)
         result = net.inner(features, t, conditioning, cut)
-        assert (features.hidden.shape, result.hidden.shape) == tuple(f.hidden for f in net.crossing(x.shape, 5, cut))
+        assert (features.hidden.shape, result.hidden.shape) == tuple(
+            f.hidden for f in net.crossing(x.shape, 5, cut)
+        )
         assert torch.equal(net.exit(result, skips, t, conditioning, cut), expected)
 
 
 @pytest.mark.parametrize("vector_width", [20, None])
 @torch.inference_mode()
-def test_the_unet_refuses_a_vector_that_its_config_does_not_tell_of_and_asks_for_one_that_it_does(vector_width: int | None):
+def test_the_unet_refuses_a_vector_that_its_config_does_not_tell_of_and_asks_for_one_that_it_does(
+    vector_width: int | None,
+):
     config = UNetConfig(channels=16, multipliers=(1, 2), blocks=1, depths=(0, 1), middle_depth=1, heads=(1, 2), context_width=24,
                         vector_width=vector_width, groups=8)  # fmt: skip
     net, x, t, text = UNet(config), noise(1, 4, 8, 8), torch.tensor([700.0]), noise(1, 5, 24)
     right, wrong = (noise(1, 20), None) if vector_width else (None, noise(1, 20))
     assert net(x, t, UNetConditioning(text, right)).shape == x.shape
-    with pytest.raises(ValueError, match="has no vector.* width 20" if vector_width else "has a vector.* none"):
+    with pytest.raises(
+        ValueError, match="has no vector.* width 20" if vector_width else "has a vector.* none"
+    ):
         net(x, t, UNetConditioning(text, wrong))
 
 
@@ -208,7 +220,11 @@ def test_every_cut_of_the_mmdit_equals_forward():
     config = MMDiTConfig(width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=8, qk_norm=True,
                          dual_blocks=2)  # fmt: skip
     net = randomize(MMDiT(config))
-    x, t, conditioning = noise(1, 16, 8, 12), torch.tensor([700.0]), MMDiTConditioning(noise(1, 5, 24), noise(1, 20))
+    x, t, conditioning = (
+        noise(1, 16, 8, 12),
+        torch.tensor([700.0]),
+        MMDiTConditioning(noise(1, 5, 24), noise(1, 20)),
+    )
     expected = net(x, t, conditioning)
     for cut in combinations_with_replacement(range(config.depth + 1), 2):
         tokens, grid = net.entry(x, t, conditioning, cut)
@@ -217,5 +233,3 @@ def test_every_cut_of_the_mmdit_equals_forward():
         assert tuple(tensor.shape for tensor in tokens) == shapes[0]
         assert tuple(tensor.shape for tensor in result) == shapes[1]
         assert torch.equal(net.exit(result, grid, t, conditioning, cut), expected)
-
-

@@ -27,7 +27,9 @@ def test_a_full_disk_leaves_a_sentence_and_the_latents(tmp_path: Path):
     (tmp_path / "kept").mkdir()
     ran = subprocess.run([sys.executable, SCRIPT, *SMALL, "--out", str(tmp_path / "p.png")], preexec_fn=limit, capture_output=True, text=True,
                          env=os.environ | {"TMPDIR": str(tmp_path / "kept")})  # fmt: skip
-    (said,) = [line for line in ran.stderr.replace("\r", "\n").splitlines() if "train_free_sample.py: " in line]
+    (said,) = [
+        line for line in ran.stderr.replace("\r", "\n").splitlines() if "train_free_sample.py: " in line
+    ]
     (kept,) = (tmp_path / "kept").iterdir()
     assert ran.returncode == 1 and "could not be written" in said and f"--decode {kept}" in said
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
@@ -41,7 +43,9 @@ def test_a_kill_in_the_middle_leaves_nothing(tmp_path: Path):
         pytest.skip("this file system has no nameless files (O_TMPFILE)")
     child = os.fork()
     if child == 0:
-        write_whole(tmp_path / "p.png", lambda path: (path.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL)))
+        write_whole(
+            tmp_path / "p.png", lambda path: (path.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+        )
     assert os.waitpid(child, 0)[1] == signal.SIGKILL and list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +61,12 @@ def test_what_can_be_written_is(tmp_path: Path):
 
 
 def test_the_latents_do_not_take_the_pictures_name(tmp_path: Path):
-    ran = subprocess.run([sys.executable, SCRIPT, *SMALL, "--out", "a.png", "--save-latents", "./a.png"], cwd=tmp_path, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, *SMALL, "--out", "a.png", "--save-latents", "./a.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 2 and "same file" in ran.stderr and list(tmp_path.iterdir()) == []
 
 
@@ -65,6 +74,10 @@ def test_the_latents_do_not_take_the_pictures_name(tmp_path: Path):
 def test_streams_that_fail_do_no_harm(streams: str, tmp_path: Path):
     """And neither do words that the terminal's encoding lacks, nor a name that is no UTF-8."""
     command = f"'{sys.executable}' '{SCRIPT}' {' '.join(SMALL)} --prompt 'ein grüner Stern ★' --out $'b\\xff.png' {streams}"
-    ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    ran = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
     (made,) = tmp_path.iterdir()
     assert ran.returncode == 0 and Image.open(made).text["prompt"] == "ein grüner Stern ★"

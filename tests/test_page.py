@@ -44,8 +44,31 @@ class Page(HTMLParser):
 def folder(tmp_path_factory) -> Path:
     """A report of `paper`, played by one process, beside serial; the cap decides."""
     folder = tmp_path_factory.mktemp("report")
-    options = ["--preset", "paper", "--steps", "10", "--window", "3", "--slope", "1e-9", "--cap", "4", "--interval", "2", "--seed", "3"]
-    options += ["--prompt", PROMPT, "--compare-serial", "--out", str(folder / "p.png"), "--report", str(folder)]
+    options = [
+        "--preset",
+        "paper",
+        "--steps",
+        "10",
+        "--window",
+        "3",
+        "--slope",
+        "1e-9",
+        "--cap",
+        "4",
+        "--interval",
+        "2",
+        "--seed",
+        "3",
+    ]
+    options += [
+        "--prompt",
+        PROMPT,
+        "--compare-serial",
+        "--out",
+        str(folder / "p.png"),
+        "--report",
+        str(folder),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_free_sample.py", *options])
         assert train_free_sample.main() == 0
@@ -56,14 +79,19 @@ def test_page_holds_what_the_report_holds(folder):
     report = json.loads((folder / "report.json").read_text())
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert sorted(path.name for path in folder.iterdir()) == ["p.png", "report.html", "report.json"]
-    assert PROMPT in page.said and "tau1 = 4" in page.said and f"{report['bytes_sent']['total']:,}" in page.said
+    assert (
+        PROMPT in page.said and "tau1 = 4" in page.said and f"{report['bytes_sent']['total']:,}" in page.said
+    )
     assert f"PSNR {report['serial']['psnr']:.1f} dB" in page.said and not report["serial"]["equal"]
     assert all(str(value) in page.said for value in report["settings"].values() if value is not None)
     assert len(report["ranks"]) == 2
     runs = [a for tag, a in page.tags if tag == "rect" and a.get("class") == "run"]
     assert len(runs) > 2 * 10  # two ranks, ten steps, and the steps around the switch once more
     dots = [a for tag, a in page.tags if tag == "circle" and a.get("class") == "dot"]
-    assert page.said.count("cap") >= 2 and len([a for tag, a in page.tags if tag == "line" and a.get("class") == "rule"]) == 2  # in both charts
+    assert (
+        page.said.count("cap") >= 2
+        and len([a for tag, a in page.tags if tag == "line" and a.get("class") == "rule"]) == 2
+    )  # in both charts
     assert len(dots) >= sum(step["discrepancy"] is not None for step in report["steps"])
 
 
@@ -89,7 +117,9 @@ def test_times_add_up(folder):
     report = json.loads((folder / "report.json").read_text())
     for i, step in enumerate(report["steps"]):
         spent = sum(sum(rank[i].values()) for rank in report["ranks"])
-        assert 0 < spent <= step["seconds"] and all(rank[i]["compute"] > 0 for rank in report["ranks"] if step["stage"] == "warm-up")
+        assert 0 < spent <= step["seconds"] and all(
+            rank[i]["compute"] > 0 for rank in report["ranks"] if step["stage"] == "warm-up"
+        )
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
@@ -99,16 +129,30 @@ def test_a_browser_opens_it(folder, size, tmp_path):
 
     Chromium's windows are never narrower than about 500 pixels, so the page is shown in a frame.
     """
-    profile = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
+    profile = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     launch = [BROWSER, *profile, "--window-size=1200,2400"]
     page = (folder / "report.html").as_uri()
     frame = tmp_path / "frame.html"
-    frame.write_text(f'<body style="margin: 0"><iframe src="{page}" width="{SIZES[size]}" height="2400" style="border: 0"></iframe>')
+    frame.write_text(
+        f'<body style="margin: 0"><iframe src="{page}" width="{SIZES[size]}" height="2400" style="border: 0"></iframe>'
+    )
     ran = subprocess.run([*launch, "--dump-dom", page], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("<svg") == 4 and "<title>&lt;script&gt;" in ran.stdout and ran.stdout.count('src="data:') == 2
+    assert (
+        ran.stdout.count("<svg") == 4
+        and "<title>&lt;script&gt;" in ran.stdout
+        and ran.stdout.count('src="data:') == 2
+    )
     shot = tmp_path / "shot.png"
-    ran = subprocess.run([*launch, f"--screenshot={shot}", frame.as_uri()], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [*launch, f"--screenshot={shot}", frame.as_uri()], capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 0, ran.stderr
     seen = Image.open(shot).convert("RGB").crop((0, 0, SIZES[size], 2400))
     colours = {colour for _, colour in seen.getcolors(2**24)}
@@ -119,8 +163,17 @@ def test_a_browser_opens_it(folder, size, tmp_path):
 
 def test_words_for_more_ranks():
     """Two, four that share a network, four of which two wait."""
-    two, shared, idle = (full_step_words({"ranks": [[]] * ranks, "bytes_sent": {"by_operation": sent}}) for ranks, sent in ((2, {}), (4, {"keys": 1}), (4, {})))
-    assert "whole network, one with" in two and "its share" in shared and "but for rounding" in shared and "the others wait" in idle and "rounding" not in idle
+    two, shared, idle = (
+        full_step_words({"ranks": [[]] * ranks, "bytes_sent": {"by_operation": sent}})
+        for ranks, sent in ((2, {}), (4, {"keys": 1}), (4, {}))
+    )
+    assert (
+        "whole network, one with" in two
+        and "its share" in shared
+        and "but for rounding" in shared
+        and "the others wait" in idle
+        and "rounding" not in idle
+    )
 
 
 def test_serial_needs_a_report(monkeypatch, capsys, tmp_path):
@@ -134,7 +187,18 @@ def test_serial_needs_a_report(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("strategy", strategies("sdxl"))
 def test_every_strategy_has_a_page(strategy, monkeypatch, tmp_path):
     """Also with one step, where there is no slope and no switch."""
-    options = ["--steps", "1", "--strategy", strategy, "--seed", "1", "--out", str(tmp_path / "p.png"), "--report", str(tmp_path)]
+    options = [
+        "--steps",
+        "1",
+        "--strategy",
+        strategy,
+        "--seed",
+        "1",
+        "--out",
+        str(tmp_path / "p.png"),
+        "--report",
+        str(tmp_path),
+    ]
     options += ["--guidance", "1"] if strategy == "one-branch" else []
     monkeypatch.setattr(sys, "argv", ["train_free_sample.py", *options])
     assert train_free_sample.main() == 0

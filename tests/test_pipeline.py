@@ -76,7 +76,10 @@ SCHEDULERS = {  # with the official folders' settings
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both families, SDXL that encodes an absent negative prompt, and SD3 without T5, with a projection of CLIP-L that is not the identity, with another shift."""
     home = tmp_path_factory.mktemp("folders")
-    found = {family: write_folder(home / family, family, random_states(family, torch.float32)) for family in CHANNELS}
+    found = {
+        family: write_folder(home / family, family, random_states(family, torch.float32))
+        for family in CHANNELS
+    }
     project(found["sd3"] / "text_encoder", torch.eye(64))  # the official folder has one too
     for name in ("sd3 without T5", "sd3 projected", "sd3 shifted"):
         found[name] = shutil.copytree(found["sd3"], home / name)
@@ -92,7 +95,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def project(folder: Path, projection: Tensor) -> None:
     """Give the text encoder in a folder this projection of its pooled state, and the official names, which some versions of transformers shorten."""
     file, config = folder / "model.safetensors", folder / "config.json"
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items() if name != "text_projection.weight"}
+    tensors = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in load_file(file).items()
+        if name != "text_projection.weight"
+    }
     save_file(tensors | {"text_projection.weight": projection}, file, {"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"projection_dim": len(projection)}))
 
@@ -189,8 +196,14 @@ def test_what_is_compared_matters(folders: dict[str, Path]):
 def test_sdxl_without_a_negative_prompt_is_told_zeros(folders: dict[str, Path]):
     """`equal`: text and pooled text are zeros, the sizes are not; an empty negative prompt is encoded."""
     for negative, zeros in ((None, True), ("", False)):
-        told = encode(open_checkpoint(str(folders["sdxl"])), TEXT, negative, 40, 40, torch.device("cpu"), torch.float32)
-        text, pooled, sizes = told["uncond"].text, told["uncond"].vector[:, :128], told["uncond"].vector[:, 128:]
+        told = encode(
+            open_checkpoint(str(folders["sdxl"])), TEXT, negative, 40, 40, torch.device("cpu"), torch.float32
+        )
+        text, pooled, sizes = (
+            told["uncond"].text,
+            told["uncond"].vector[:, :128],
+            told["uncond"].vector[:, 128:],
+        )
         assert (not text.any(), not pooled.any()) == (zeros, zeros)
         assert torch.equal(sizes, told["cond"].vector[:, 128:]) and sizes.any()
 

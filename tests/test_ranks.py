@@ -40,7 +40,10 @@ def test_ranks_that_were_started_differently_refuse(what, tmp_path):
     assert not (tmp_path / "p.png").exists()
 
 
-@pytest.mark.parametrize("victim, how, words", [(0, signal.SIGKILL, "has ended"), (1, signal.SIGSTOP, "nothing came for 2 seconds")])
+@pytest.mark.parametrize(
+    "victim, how, words",
+    [(0, signal.SIGKILL, "has ended"), (1, signal.SIGSTOP, "nothing came for 2 seconds")],
+)
 def test_the_other_rank_ends_too(victim, how, words, tmp_path):
     """In the middle of the loop, which the first rank's progress shows."""
     options = ["--steps", "900", "--seed", "1", "--timeout", "2", "--out", str(tmp_path / "p.png")]
@@ -65,17 +68,34 @@ SAMPLE = random.Random(3).sample([case for case in matrix(2) if not case.torchru
 INTERRUPTS = [Case("pipeline", "wait", 1, False), Case("load", "wait", 0, True)]
 
 
-@pytest.mark.parametrize("case", [*SAMPLE, *INTERRUPTS], ids=lambda case: f"{case.place}, {case.how}, {case.victim}, {case.torchrun}")
+@pytest.mark.parametrize(
+    "case",
+    [*SAMPLE, *INTERRUPTS],
+    ids=lambda case: f"{case.place}, {case.how}, {case.victim}, {case.torchrun}",
+)
 def test_a_death_at_any_phase(case, tmp_path):
     """A seeded sample of `benchmarks/deaths.py`: the others end with a sentence each, nothing is left over; Ctrl-C ends all with one line."""
-    result = run_case(case, tmp_path, 2, "--preset paper --cap 4 --interval 3 --steps 12".split(), timeout=5, limit=60, interrupt=60)
+    result = run_case(
+        case,
+        tmp_path,
+        2,
+        "--preset paper --cap 4 --interval 3 --steps 12".split(),
+        timeout=5,
+        limit=60,
+        interrupt=60,
+    )
     assert not result["wrong"], result
 
 
 def test_a_label_tells_step_name_shape_and_dtype():
     same = label(3, prediction("cond"), [(torch.Size((1, 4)), torch.float16)])
     assert torch.equal(same, label(3, prediction("cond"), [(torch.Size((1, 4)), torch.float16)]))
-    others = [(4, "cond", (1, 4), torch.float16), (3, "uncond", (1, 4), torch.float16), (3, "cond", (4, 1), torch.float16), (3, "cond", (1, 4), torch.float32)]
+    others = [
+        (4, "cond", (1, 4), torch.float16),
+        (3, "uncond", (1, 4), torch.float16),
+        (3, "cond", (4, 1), torch.float16),
+        (3, "cond", (1, 4), torch.float32),
+    ]
     for step, text, shape, dtype in others:
         assert not torch.equal(same, label(step, prediction(text), [(torch.Size(shape), dtype)]))
 

@@ -14,14 +14,21 @@ def test_exact_is_the_same_picture_everywhere():
     rng = random.Random(7)
     requests = [draw(rng) for _ in range(4)]
     ranks, one, again = on_two_ranks(requests)[0], in_one_process(requests), in_one_process(requests)
-    assert [told["pixels"] for told in ranks] == [told["pixels"] for told in one] == [told["pixels"] for told in again]
+    assert (
+        [told["pixels"] for told in ranks]
+        == [told["pixels"] for told in one]
+        == [told["pixels"] for told in again]
+    )
 
 
 @pytest.mark.parametrize("unlike", ["threads", "bf16"])
 def test_ranks_of_unlike_arithmetic_agree_on_the_stages(unlike):
     """The switch is decided by the slope, on numbers that would differ if each rank measured for itself."""
     rule = SwitchRule(window=2, slope=0.05, cap=6, interval=2)
-    requests = [(family, replace(request, steps=9, height=16, width=16, rule=rule)) for family, request in (draw(random.Random(n), "paper") for n in range(2))]
+    requests = [
+        (family, replace(request, steps=9, height=16, width=16, rule=rule))
+        for family, request in (draw(random.Random(n), "paper") for n in range(2))
+    ]
     first, second = on_two_ranks(requests, unlike)
     for a, b in zip(first, second):
         assert a["stages"] == b["stages"] and "parallelism" in a["stages"]

@@ -2,12 +2,23 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from hybridiff.errors import UsageError
 from hybridiff.samplers import DDIM, DPM, Euler, FlowDPM, FlowEuler, make_sampler
 
-BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+BETAS = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    timestep_spacing="leading",
+    steps_offset=1,
+)
 
 
 def pair(name: str, steps: int):
@@ -24,7 +35,10 @@ def pair(name: str, steps: int):
         original = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         ours = FlowDPM(steps, shift=3.0)
         original.set_timesteps(steps)
-        original.sigmas, original.timesteps = ours.sigmas, ours.timesteps.double()  # SD3's, which are shifted twice
+        original.sigmas, original.timesteps = (
+            ours.sigmas,
+            ours.timesteps.double(),
+        )  # SD3's, which are shifted twice
         original.lower_order_final = True
         return ours, original
     else:
@@ -60,6 +74,11 @@ def test_schedule_and_trajectory(name, steps):
 
 
 def test_refusals():
-    for family, name, steps in (("sdxl", "flow", 50), ("sd3", "ddim", 50), ("sdxl", None, 0), ("sd3", None, 1000)):
+    for family, name, steps in (
+        ("sdxl", "flow", 50),
+        ("sd3", "ddim", 50),
+        ("sdxl", None, 0),
+        ("sd3", None, 1000),
+    ):
         with pytest.raises(UsageError):
             make_sampler(family, name, steps)

@@ -31,7 +31,9 @@ from tests.tiny import MMDIT, UNET
 
 def random_case(rng: random.Random) -> tuple[list[float], Settings]:
     steps = rng.randint(1, 60)
-    rule = SwitchRule(rng.randint(1, 20), rng.choice([0.0, 1e-4, 1e-2]), rng.randint(1, 70), rng.randint(0, 70))
+    rule = SwitchRule(
+        rng.randint(1, 20), rng.choice([0.0, 1e-4, 1e-2]), rng.randint(1, 70), rng.randint(0, 70)
+    )
     level, history = 0.3, []
     for _ in range(steps):
         level = max(1e-3, level + rng.uniform(-0.02, 0.015))
@@ -47,9 +49,16 @@ def test_every_plan_is_sound():
         history, settings = random_case(rng)
         for family, config in (("sdxl", UNET), ("sd3", MMDIT)):
             ranks = rng.choice((4, 6, 8))
-            several = [strategy.on(ranks, config) for strategy in strategies(family).values() if strategy.many and case % 10 == 0]
+            several = [
+                strategy.on(ranks, config)
+                for strategy in strategies(family).values()
+                if strategy.many and case % 10 == 0
+            ]
             for strategy in [*strategies(family).values(), *several]:
-                kept, unread = {}, {}  # rank -> value -> how many results of it that rank has had, has received and not used, over the steps
+                kept, unread = (
+                    {},
+                    {},
+                )  # rank -> value -> how many results of it that rank has had, has received and not used, over the steps
                 for step in range(settings.steps):
                     plan = strategy.plan(step, history[:step], settings)
                     assert len(plan.operations) == strategy.ranks
@@ -84,19 +93,29 @@ def assert_sources_exist(plan: StepPlan, kept: dict[int, Counter]) -> None:
                     if part in ("keys", "attend", "end"):
                         assert store[Value("slice", text)], f"rank {rank}: {operation}"
                     if part == "attend":
-                        assert all(store[keys(text, other, of, block)] for other in range(1, of + 1)), f"rank {rank}: {operation}"
+                        assert all(store[keys(text, other, of, block)] for other in range(1, of + 1)), (
+                            f"rank {rank}: {operation}"
+                        )
                     if part in ("up", "exit"):
-                        assert store[Value("skips", text, at=at if part == "up" else 0)], f"rank {rank}: {operation}"
+                        assert store[Value("skips", text, at=at if part == "up" else 0)], (
+                            f"rank {rank}: {operation}"
+                        )
                     if part in ("entry", "down"):
                         store[Value("skips", text, at=at)] += 1
-                    store.update([prediction("cond"), prediction("uncond")] if text == "both" else [operation.leaves])
+                    store.update(
+                        [prediction("cond"), prediction("uncond")] if text == "both" else [operation.leaves]
+                    )
                 case Join(text, of):
-                    assert all(store[prediction(text, at, of)] for at in range(1, of + 1)), f"rank {rank}: {operation}"
+                    assert all(store[prediction(text, at, of)] for at in range(1, of + 1)), (
+                        f"rank {rank}: {operation}"
+                    )
                     store[prediction(text)] += 1
                 case Receive(value):
                     store[value] += 1
                 case Extrapolate(value, made):
-                    assert store[value] >= len(made) and list(made) == sorted(set(made)), f"rank {rank}: {operation}"
+                    assert store[value] >= len(made) and list(made) == sorted(set(made)), (
+                        f"rank {rank}: {operation}"
+                    )
                     store[ahead(value)] = 1
                 case Guide(cond, uncond):
                     assert store[cond] and store[uncond], f"rank {rank}: {operation}"

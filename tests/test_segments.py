@@ -66,7 +66,11 @@ def test_segments_together_are_the_network(family, segments):
     with torch.inference_mode():
         for _, operation in in_segments(net, "cond", segments):
             worker.run(operation, 0)
-        whole = net(task.sampler.network_input(worker.latents, 0), task.sampler.timesteps[:1], task.conditioning["cond"])
+        whole = net(
+            task.sampler.network_input(worker.latents, 0),
+            task.sampler.timesteps[:1],
+            task.conditioning["cond"],
+        )
     assert torch.equal(worker.store[operation.leaves], whole)
     assert {unit for unit, _ in in_segments(net, "cond", units)} == set(range(units))
 
@@ -86,8 +90,14 @@ def test_each_rank_runs_on_the_weights_that_it_holds(interval):
     strategy, settings = strategies("sdxl")["paper"].on(4, task.denoiser.config), Settings(steps, rule)
     cuts, workers, held = strategy.cuts(task.denoiser), [], []
     for rank in range(4):
-        net, names = deepcopy(task.denoiser), weights_needed(task.denoiser, cuts, runs_of(strategy, settings, rank))
-        state = {name: tensor if names is None or name.startswith(names) else tensor.to("meta") for name, tensor in net.state_dict().items()}
+        net, names = (
+            deepcopy(task.denoiser),
+            weights_needed(task.denoiser, cuts, runs_of(strategy, settings, rank)),
+        )
+        state = {
+            name: tensor if names is None or name.startswith(names) else tensor.to("meta")
+            for name, tensor in net.state_dict().items()
+        }
         net.load_state_dict(state, assign=True)
         workers.append(Worker(rank, replace(task, denoiser=net, cuts=cuts), mailbox))
         held.append(sum(tensor.numel() for tensor in state.values() if not tensor.is_meta))
@@ -96,7 +106,9 @@ def test_each_rank_runs_on_the_weights_that_it_holds(interval):
     with torch.inference_mode():
         for step in range(steps):
             plan = strategy.plan(step, history, settings)
-            for rank, operation in interleave(list(enumerate(plan.operations)), lambda receive, rank: mailbox.arrived(receive.source, rank)):
+            for rank, operation in interleave(
+                list(enumerate(plan.operations)), lambda receive, rank: mailbox.arrived(receive.source, rank)
+            ):
                 workers[rank].perform(operation, step)
             measured = workers[0].store.pop(DISCREPANCY, None)
             history.append(None if measured is None else float(measured))
@@ -107,10 +119,15 @@ def test_only_named_weights_are_loaded():
     checkpoint = open_checkpoint("demo-sdxl")
     net = checkpoint.load("denoiser", torch.float16, names=("time_embed.", "input_blocks.3."))
     for name, tensor in net.state_dict().items():
-        assert tensor.is_meta != name.startswith(("time_embed.", "input_blocks.3.")) and tensor.dtype == torch.float16
+        assert (
+            tensor.is_meta != name.startswith(("time_embed.", "input_blocks.3."))
+            and tensor.dtype == torch.float16
+        )
 
 
-@pytest.mark.parametrize("family, counts", [("sdxl", "1 process or 2, 4, 6 or 8 ranks"), ("sd3", "1 process or 2, 4 or 6 ranks")])
+@pytest.mark.parametrize(
+    "family, counts", [("sdxl", "1 process or 2, 4, 6 or 8 ranks"), ("sd3", "1 process or 2, 4 or 6 ranks")]
+)
 def test_counts_of_ranks(family, counts):
     """Any even number up to what the network allows; others are refused in one sentence that says which work."""
     checkpoint = open_checkpoint(f"demo-{family}")
@@ -119,7 +136,10 @@ def test_counts_of_ranks(family, counts):
             asked = replace(ASKED, strategy=name)
             if ranks == 1 or str(ranks) in counts.partition("or")[2]:
                 strategy, _ = plan_request(checkpoint, asked, ranks)
-                assert strategy.ranks == max(2, ranks) and len(meta_task(checkpoint, asked, ranks).cuts) == strategy.ranks - 1
+                assert (
+                    strategy.ranks == max(2, ranks)
+                    and len(meta_task(checkpoint, asked, ranks).cuts) == strategy.ranks - 1
+                )
             else:
                 with pytest.raises(UsageError, match=f"runs on {counts} with this network, not on {ranks}"):
                     plan_request(checkpoint, asked, ranks)
@@ -131,7 +151,10 @@ def test_counts_of_ranks(family, counts):
 
 
 def test_idle_ranks_are_named():
-    for name, words in (("paper", "idle outside of the middle stage: ranks 1, 3"), ("step-extrapolation", "idle all the time: ranks 1, 3")):
+    for name, words in (
+        ("paper", "idle outside of the middle stage: ranks 1, 3"),
+        ("step-extrapolation", "idle all the time: ranks 1, 3"),
+    ):
         strategy = strategies("sdxl")[name].on(4, make_task("sdxl", 1).denoiser.config)
         assert idle_ranks(strategy, Settings(20, CAPPED)).startswith(words)
         assert idle_ranks(strategies("sdxl")[name], Settings(20, CAPPED)) is None
@@ -141,7 +164,21 @@ def test_idle_ranks_are_named():
 
 def test_balance_on_four_ranks(tmp_path):
     """The cut is told, stored, and the same on every rank, or else they would wait for each other."""
-    options = ["--strategy", "paper", "--steps", "8", "--window", "9", "--cap", "2", "--interval", "4", "--seed", "1", "--balance"]
+    options = [
+        "--strategy",
+        "paper",
+        "--steps",
+        "8",
+        "--window",
+        "9",
+        "--cap",
+        "2",
+        "--interval",
+        "4",
+        "--seed",
+        "1",
+        "--balance",
+    ]
     ran = torchrun(*options, "--out", str(tmp_path / "p.png"), "--report", str(tmp_path / "r"), ranks=4)
     assert ran.returncode == 0, ran.stderr
     use = json.loads((tmp_path / "r" / "report.json").read_text())["use"]
@@ -149,5 +186,7 @@ def test_balance_on_four_ranks(tmp_path):
     assert [len(times) for times in use["seconds_of_units"]] == [9] * 4
     assert use["weights"][0] == use["weights"][2] > use["weights"][1] + use["weights"][3]
     assert "idle outside of the middle stage: ranks 1, 3" in ran.stdout
-    few = torchrun(*options, "--interval", "1", "--out", str(tmp_path / "few.png"), ranks=4)  # ranks 1 and 3 run nothing, but are timed
+    few = torchrun(
+        *options, "--interval", "1", "--out", str(tmp_path / "few.png"), ranks=4
+    )  # ranks 1 and 3 run nothing, but are timed
     assert few.returncode == 0 and (tmp_path / "few.png").exists(), few.stderr

@@ -21,12 +21,18 @@ FAMILIES = ("sdxl", "sd3")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """All two-rank runs of this file, from one pair of processes."""
-    cases = [((f, "condition", 12, EARLY), {"sampler": s}) for f, s in (("sdxl", "ddim"), ("sdxl", "euler"), ("sd3", None))]
+    cases = [
+        ((f, "condition", 12, EARLY), {"sampler": s})
+        for f, s in (("sdxl", "ddim"), ("sdxl", "euler"), ("sd3", None))
+    ]
     cases.append((("sdxl", "condition", 3, EARLY), {"guidance": 0.5}))
     cases += [((f, "one-branch", 3, EARLY), {"guidance": 0.5}) for f in FAMILIES]
     cases += [((f, "paper", 12, rule), {}) for f in FAMILIES for rule in (EARLY, CAPPED, TAIL)]
     cases += [(("sdxl", "paper", 9, CAPPED), {"cuts": (cut,)}) for cut in (1, 3, 4, 6, 8)]
-    cases += [(("sd3", "paper", 9, CAPPED), {"cuts": ((0, 1),)}), (("sd3", "paper", 9, CAPPED), {"cuts": ((0, 3),)})]
+    cases += [
+        (("sd3", "paper", 9, CAPPED), {"cuts": ((0, 1),)}),
+        (("sd3", "paper", 9, CAPPED), {"cuts": ((0, 3),)}),
+    ]
     cases += [((f, strategy, 12, SPARING), {}) for f in FAMILIES for strategy in OURS]
     return cases, run_on_ranks(tmp_path_factory.mktemp("ranks"), cases)
 
@@ -34,7 +40,10 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """All four-rank runs of this file, from one set of processes."""
-    cases = [((f, "paper", 10, rule), {"ranks": 4}) for f, rule in (("sdxl", EARLY), ("sdxl", TAIL), ("sd3", CAPPED), ("sd3", TAIL))]
+    cases = [
+        ((f, "paper", 10, rule), {"ranks": 4})
+        for f, rule in (("sdxl", EARLY), ("sdxl", TAIL), ("sd3", CAPPED), ("sd3", TAIL))
+    ]
     cases += [((f, "step-extrapolation", 8, SPARING), {"ranks": 4}) for f in FAMILIES]
     cases += [(("sd3", "condition", 3, SPARING), {"ranks": 4, "dual": 2})]
     return cases, run_on_ranks(tmp_path_factory.mktemp("four"), cases, ranks=4)
@@ -54,7 +63,10 @@ def test_four_ranks_equal_one_process(four):
 def test_a_branch_on_several_ranks_is_close_to_serial(family, ranks):
     """The MMDiT's slices of the sequence: `close`, for products with fewer rows may round differently. The U-Net, whose spare ranks idle: `equal`."""
     for options in [{}, {"dual": 2}] if family == "sd3" else [{}]:
-        serial, shared = (run(family, name, 5, EARLY, ranks=n, **options)["latents"] for name, n in (("serial", 1), ("condition", ranks)))
+        serial, shared = (
+            run(family, name, 5, EARLY, ranks=n, **options)["latents"]
+            for name, n in (("serial", 1), ("condition", ranks))
+        )
         assert (serial - shared).norm() / serial.norm() < 1e-5
         assert torch.equal(serial, shared) or family == "sd3"
 
@@ -66,7 +78,10 @@ def test_segments_use_features_of_the_step_before(family):
     played = run(family, "paper", steps, rule, ranks=4)["latents"]
     task = make_task(family, steps)
     cuts = strategies(family)["paper"].on(4, task.denoiser.config).cuts(task.denoiser)
-    net, told = task.denoiser, [task.conditioning[text] for text in ("uncond", "uncond", "cond", "cond")]  # of each rank
+    net, told = (
+        task.denoiser,
+        [task.conditioning[text] for text in ("uncond", "uncond", "cond", "cond")],
+    )  # of each rank
     latents, old = played[2], None
     with torch.inference_mode():
         for i in range(3, 11):
@@ -81,7 +96,9 @@ def test_segments_use_features_of_the_step_before(family):
                         made.append(net.run_blocks(tokens, t, told[rank], 0, ends[rank + 1]))
                 else:
                     eps = net.exit(old[2], grid, t, told[3], cuts[2])
-                    made = [net.run_blocks([start, *old][r], t, told[r], ends[r], ends[r + 1]) for r in range(3)]
+                    made = [
+                        net.run_blocks([start, *old][r], t, told[r], ends[r], ends[r + 1]) for r in range(3)
+                    ]
             else:  # what crosses the three cuts inwards, then outwards
                 if i == 3:
                     eps, whole = net(latents, t, told[3]), {}
@@ -149,7 +166,12 @@ def test_pipelined_steps_use_features_of_the_step_before(family):
     steps, rule = 8, SwitchRule(window=50, cap=3, interval=2)  # filling step 3, pipelined steps 4 and 5
     played = run(family, "paper", steps, rule)["latents"]
     task = make_task(family, steps)
-    net, cut, cond, uncond = task.denoiser, task.cuts[0], task.conditioning["cond"], task.conditioning["uncond"]
+    net, cut, cond, uncond = (
+        task.denoiser,
+        task.cuts[0],
+        task.conditioning["cond"],
+        task.conditioning["uncond"],
+    )
     latents, previous = played[2], None
     with torch.inference_mode():
         for i in (3, 4, 5):
@@ -193,7 +215,9 @@ def by_hand(family: str, strategy: str, task, latents):
             used = h[text, i]
             pipelined = strategy == "guided-pipeline" and i >= 3
             if pipelined:
-                steps = [s for s in (1, 2, 3, 4, 5) if s < i and (s < 3 or (s % 2 == 1) == (text == "cond"))][-2:]
+                steps = [s for s in (1, 2, 3, 4, 5) if s < i and (s < 3 or (s % 2 == 1) == (text == "cond"))][
+                    -2:
+                ]
             elif strategy == "inner-reuse" and i in (4, 6):
                 steps = {4: [2, 3], 6: [3, 5]}[i]
             if pipelined or (strategy == "inner-reuse" and i in (4, 6)):
@@ -218,7 +242,9 @@ def by_hand(family: str, strategy: str, task, latents):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_formulas(family, strategy):
     """`close`: every guided step against the formulas written out by hand on the same latents."""
-    reuse = Reuse(start=3, count=4, end=1) if strategy == "guided-pipeline" else Reuse(start=3, count=2, end=1)
+    reuse = (
+        Reuse(start=3, count=4, end=1) if strategy == "guided-pipeline" else Reuse(start=3, count=2, end=1)
+    )
     assert strategy == "guided-pipeline" or reuse.spread(8) == [4, 6]
     played = run(family, strategy, 8, reuse)["latents"]
     task = make_task(family, 8, nested=strategy != "step-extrapolation")

@@ -16,7 +16,9 @@ def test_by_slope():
 
 
 def test_a_rising_curve_does_not_fire():
-    assert find_switch([0.1 * i for i in range(20)], SwitchRule(window=3, slope=1.0, cap=40, interval=5)) is None
+    assert (
+        find_switch([0.1 * i for i in range(20)], SwitchRule(window=3, slope=1.0, cap=40, interval=5)) is None
+    )
 
 
 def test_by_cap():
@@ -25,7 +27,12 @@ def test_by_cap():
     assert find_switch([1.0] * 14, rule) is None
     switch = find_switch([1.0] * 15, rule)
     assert (switch.tau1, switch.tau2, switch.first, switch.reason) == (15, 20, 15, "cap")
-    assert [switch.stage(i) for i in (14, 15, 20, 21)] == ["warm-up", "parallelism", "parallelism", "fully-connecting"]
+    assert [switch.stage(i) for i in (14, 15, 20, 21)] == [
+        "warm-up",
+        "parallelism",
+        "parallelism",
+        "fully-connecting",
+    ]
 
 
 def test_slope_is_looked_at_before_the_cap():

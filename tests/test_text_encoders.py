@@ -15,7 +15,9 @@ CLIP_L_LIKE = CLIPConfig(vocabulary=VOCABULARY, width=48, layers=3, heads=4, mlp
 BIGG_LIKE = CLIPConfig(
     vocabulary=VOCABULARY, width=64, layers=4, heads=2, mlp_width=160, activation="gelu", projection=64
 )
-NARROW = CLIPConfig(vocabulary=VOCABULARY, positions=32, width=16, layers=1, heads=1, mlp_width=24, projection=40)
+NARROW = CLIPConfig(
+    vocabulary=VOCABULARY, positions=32, width=16, layers=1, heads=1, mlp_width=24, projection=40
+)
 T5_LIKE = T5Config(vocabulary=VOCABULARY, width=48, layers=3, heads=4, head_width=16, mlp_width=80)
 T5_SHORT = T5Config(
     vocabulary=VOCABULARY, width=32, layers=2, heads=2, head_width=8, mlp_width=64, buckets=8, max_distance=20
@@ -44,17 +46,24 @@ def prompt_ids(batch: int, length: int, pad: int, seed: int) -> Tensor:
     ids = torch.randint(1, END, (batch, length), generator=generator)
     for row in range(batch):
         end = (length - 1) // (row + 1)
-        ids[row, end], ids[row, end + 1:] = END, pad
+        ids[row, end], ids[row, end + 1 :] = END, pad
     return ids
 
 
 def clip_oracle(config: CLIPConfig) -> nn.Module:
     """The transformers class with the same sizes; eos 2 selects its argmax rule, as in the official configs."""
     theirs = transformers.CLIPTextConfig(
-        vocab_size=config.vocabulary, hidden_size=config.width, intermediate_size=config.mlp_width,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        max_position_embeddings=config.positions, hidden_act=config.activation,
-        projection_dim=config.projection or 1, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+        vocab_size=config.vocabulary,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.positions,
+        hidden_act=config.activation,
+        projection_dim=config.projection or 1,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
     )
     if config.projection is None:
         return transformers.CLIPTextModel(theirs)
@@ -76,7 +85,10 @@ def test_clip_close_to_transformers(config: CLIPConfig, batch: int, length: int,
     penultimate, pooled = ours(ids)
     output = theirs(input_ids=ids, output_hidden_states=True)
     assert relative_error(penultimate, output.hidden_states[-2]) <= 1e-5
-    assert relative_error(pooled, output.pooler_output if config.projection is None else output.text_embeds) <= 1e-5
+    assert (
+        relative_error(pooled, output.pooler_output if config.projection is None else output.text_embeds)
+        <= 1e-5
+    )
 
 
 @torch.inference_mode()
@@ -93,13 +105,23 @@ def test_clip_takes_the_full_77_positions_and_no_more():
 @torch.inference_mode()
 def test_t5_close_to_transformers(config: T5Config, batch: int, length: int):
     ours = randomize(T5Encoder(config), seed=1)
-    theirs = transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=config.vocabulary, d_model=config.width, d_kv=config.head_width, d_ff=config.mlp_width,
-        num_layers=config.layers, num_heads=config.heads, relative_attention_num_buckets=config.buckets,
-        relative_attention_max_distance=config.max_distance, feed_forward_proj="gated-gelu",
-    )).eval()
+    theirs = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=config.vocabulary,
+            d_model=config.width,
+            d_kv=config.head_width,
+            d_ff=config.mlp_width,
+            num_layers=config.layers,
+            num_heads=config.heads,
+            relative_attention_num_buckets=config.buckets,
+            relative_attention_max_distance=config.max_distance,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected  # the same table as shared.weight
+    assert (
+        set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected
+    )  # the same table as shared.weight
 
     ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
     assert relative_error(ours(ids), theirs(input_ids=ids).last_hidden_state) <= 1e-5

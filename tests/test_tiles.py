@@ -28,7 +28,9 @@ def random_autoencoder() -> Autoencoder:
         if tensor.ndim > 1:
             tensor.normal_(std=tensor[0].numel() ** -0.5)
         else:
-            tensor.uniform_(0.5, 1.5) if "norm" in name and name.endswith("weight") else tensor.uniform_(-0.3, 0.3)
+            tensor.uniform_(0.5, 1.5) if "norm" in name and name.endswith("weight") else tensor.uniform_(
+                -0.3, 0.3
+            )
     return vae
 
 

@@ -33,9 +33,15 @@ def test_bytes_of_any_schedule():
     for _ in range(40):
         family, steps, dual = rng.choice(("sdxl", "sd3")), rng.randint(1, 14), rng.choice((0, 2))
         net = make_task(family, 1, dual=dual).denoiser
-        name = rng.choice([name for name in strategies(family) if name not in ("serial", "batched", "one-branch")])
-        strategy = strategies(family)[name].on(rng.choice(strategies(family)[name].counts(net.config)), net.config)
-        rule = SwitchRule(rng.randint(1, 6), rng.choice((0.0, 1e-2, 1.0)), rng.randint(1, 12), rng.randint(0, 9))
+        name = rng.choice(
+            [name for name in strategies(family) if name not in ("serial", "batched", "one-branch")]
+        )
+        strategy = strategies(family)[name].on(
+            rng.choice(strategies(family)[name].counts(net.config)), net.config
+        )
+        rule = SwitchRule(
+            rng.randint(1, 6), rng.choice((0.0, 1e-2, 1.0)), rng.randint(1, 12), rng.randint(0, 9)
+        )
         told = rule if name == "paper" else Reuse(rng.randint(0, 6), rng.randint(0, 9), rng.randint(0, 3))
         cuts = strategy.cuts(net)
         if strategy.ranks == 2 and name == "paper":
@@ -43,19 +49,57 @@ def test_bytes_of_any_schedule():
         played = run(family, name, steps, told, ranks=strategy.ranks, cuts=cuts, dual=dual)
         settings = Settings(steps, told) if name == "paper" else Settings(steps, reuse=told)
         plans = [strategy.plan(step, played["discrepancies"][:step], settings) for step in range(steps)]
-        assert total_bytes(plans, replace(make_task(family, steps, dual=dual), cuts=cuts)) == played["bytes"], f"{family} {name} {strategy.ranks} {settings} {cuts}"
+        assert (
+            total_bytes(plans, replace(make_task(family, steps, dual=dual), cuts=cuts)) == played["bytes"]
+        ), f"{family} {name} {strategy.ranks} {settings} {cuts}"
 
 
 def test_four_ranks_cost_what_the_arithmetic_says():
     """Worked by hand, 20 steps with one filling and five pipelined ones (k = 5, the cap), four equal segments, no rounding of slices."""
     settings = Settings(20, replace(CAPPED, interval=5))
-    parts = {"whole": 1.0, "entry": 0.125, "down1": 0.125, "down2": 0.125, "inner2": 0.25, "up2": 0.125, "up1": 0.125, "exit": 0.125}
+    parts = {
+        "whole": 1.0,
+        "entry": 0.125,
+        "down1": 0.125,
+        "down2": 0.125,
+        "inner2": 0.25,
+        "up2": 0.125,
+        "up1": 0.125,
+        "exit": 0.125,
+    }
     net = make_task("sdxl", 1).denoiser.config
-    assert abs(length(timeline(plan_all(strategies("sdxl")["paper"].on(4, net), settings), parts)) - (14 + 1 + 5 * 0.25)) < 1e-9
-    parts = {"entry": 0.0, "inner": 0.25, "inner1": 0.25, "inner2": 0.25, "exit2": 0.25, "begin 1/2": 0, "begin 2/2": 0, "end 1/2": 0, "end 2/2": 0}
-    parts |= {f"{part} {at}/2 of block {block}": 0.5 / 6 / 2 for part in ("keys", "attend") for at in (1, 2) for block in range(6)}
+    assert (
+        abs(
+            length(timeline(plan_all(strategies("sdxl")["paper"].on(4, net), settings), parts))
+            - (14 + 1 + 5 * 0.25)
+        )
+        < 1e-9
+    )
+    parts = {
+        "entry": 0.0,
+        "inner": 0.25,
+        "inner1": 0.25,
+        "inner2": 0.25,
+        "exit2": 0.25,
+        "begin 1/2": 0,
+        "begin 2/2": 0,
+        "end 1/2": 0,
+        "end 2/2": 0,
+    }
+    parts |= {
+        f"{part} {at}/2 of block {block}": 0.5 / 6 / 2
+        for part in ("keys", "attend")
+        for at in (1, 2)
+        for block in range(6)
+    }
     net = make_task("sd3", 1).denoiser.config
-    assert abs(length(timeline(plan_all(strategies("sd3")["paper"].on(4, net), settings), parts)) - (7 + 1 + 5 * 0.25)) < 1e-9
+    assert (
+        abs(
+            length(timeline(plan_all(strategies("sd3")["paper"].on(4, net), settings), parts))
+            - (7 + 1 + 5 * 0.25)
+        )
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("family, most", [("sdxl", 0.04e9), ("sd3", 0.12e9)])
@@ -102,11 +146,29 @@ def test_drawing():
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_explain_reads_well(family):
     task = make_task(family, 20)
-    text = explain("paper", strategies(family)["paper"], Settings(20, CAPPED), replace(task, denoiser=task.denoiser.to("meta")))
+    text = explain(
+        "paper",
+        strategies(family)["paper"],
+        Settings(20, CAPPED),
+        replace(task, denoiser=task.denoiser.to("meta")),
+    )
     four = strategies(family)["paper"].on(4, task.denoiser.config)
-    more = explain("paper", four, Settings(20, CAPPED), replace(task, denoiser=task.denoiser.to("meta"), cuts=four.cuts(task.denoiser)))
-    assert ("idle outside of the middle stage: ranks 1, 3" if family == "sdxl" else "the same for blocks 1 to 5") in more
+    more = explain(
+        "paper",
+        four,
+        Settings(20, CAPPED),
+        replace(task, denoiser=task.denoiser.to("meta"), cuts=four.cuts(task.denoiser)),
+    )
+    assert (
+        "idle outside of the middle stage: ranks 1, 3" if family == "sdxl" else "the same for blocks 1 to 5"
+    ) in more
     assert max(map(len, more.splitlines())) < 160
-    for piece in ("steps 0 to 3, warm-up", "step 4, parallelism", "fully-connecting", "speed-up", "bytes sent: "):
+    for piece in (
+        "steps 0 to 3, warm-up",
+        "step 4, parallelism",
+        "fully-connecting",
+        "speed-up",
+        "bytes sent: ",
+    ):
         assert piece in text
     assert max(map(len, text.splitlines())) < 160

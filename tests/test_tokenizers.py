@@ -27,17 +27,47 @@ WORDS = (
     r"a photo of the quick brown fox's isn't we'LL THEY'VE 'S 't 1234 42nd 3.14 ! !! ?! ... # #version </w> <|end _"
 ).split() + [
     # case: Angstrom, dotted I, titlecase Dz, sharp s
-    "\u00c5NGSTR\u00d6M", "\u0130stanbul", "\u01c5", "\u00df", "\u1e9e",
-    "caf\u00e9", "cafe\u0301", "A\u030a",  # composed and decomposed
+    "\u00c5NGSTR\u00d6M",
+    "\u0130stanbul",
+    "\u01c5",
+    "\u00df",
+    "\u1e9e",
+    "caf\u00e9",
+    "cafe\u0301",
+    "A\u030a",  # composed and decomposed
     # Greek, Arabic, Japanese
-    "\u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2", "\u0627\u0644\u062e\u0637", "\u65e5\u672c\u8a9e",
+    "\u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2",
+    "\u0627\u0644\u062e\u0637",
+    "\u65e5\u672c\u8a9e",
     "\u0928\u092e\u0938\u094d\u0924\u0947",  # Devanagari: marks that have no composed form
     # family, flag, skin tone
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\U0001f44d\U0001f3fd",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f1e9\U0001f1ea",
+    "\U0001f44d\U0001f3fd",
     # one half, roman 8, squared, fi, wide !, T5's space
-    "\u00bd", "\u2167", "\u00b2", "\ufb01ne", "\uff01", "\u2581",
+    "\u00bd",
+    "\u2167",
+    "\u00b2",
+    "\ufb01ne",
+    "\uff01",
+    "\u2581",
 ]
-SPACES = [" ", " ", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2028", "\x0b", "\ufeff", ""]
+SPACES = [
+    " ",
+    " ",
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\u00a0",
+    "\u3000",
+    "\u200b",
+    "\u2028",
+    "\x0b",
+    "\ufeff",
+    "",
+]
 FIXED = ["", " ", "!", "! a !", "\n", "a", "a photo of a cat", "word " * 500, "x" * 3000, "\U0001f44d" * 200]
 WORDS += ["o\u0302\u0323", "\x85", "\u200d", "\x00", "\u1100\u1161\u11a8", "\u0e01\u0e33",
           "a\u0301\u0323\u0308\u200d"]  # fmt: skip
@@ -86,7 +116,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
 
     folder = tmp_path_factory.mktemp("clip")
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))}))
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))})
+    )
     lines = ["#version: 0.2"] + [" ".join(merge) for merge in merges]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -97,8 +129,17 @@ def t5_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SentencePiece unigram model with T5's settings: pad 0, end 1, unknown 2, nmt_nfkc."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences()), model_writer=model, model_type="unigram", vocab_size=200, pad_id=0,
-        eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2,
+        sentence_iterator=iter(sentences()),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=200,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
     )
     path = tmp_path_factory.mktemp("t5") / "spiece.model"
     path.write_bytes(model.getvalue())
@@ -162,7 +203,9 @@ def test_demo_clip_ids_equal_transformers():
     assert not differing(ours, theirs, list(strings(2000)))
 
 
-def test_a_folder_that_declares_its_padding_is_read_as_transformers_reads_it(real_clip_folder: Path, tmp_path: Path):
+def test_a_folder_that_declares_its_padding_is_read_as_transformers_reads_it(
+    real_clip_folder: Path, tmp_path: Path
+):
     """The official tokenizer_2 declares "!": in a prompt it becomes id 0, and not without that file."""
     config = CLIPConfig()
     plain = clip_tokenizer([real_clip_folder], config, pad=0)
@@ -191,7 +234,9 @@ def test_small_t5_ids_equal_transformers(t5_file: Path, length: int):
 
 def test_demo_t5_ids_equal_transformers():
     file = DEMO_FOLDER / "spiece.model"
-    assert not differing(T5Tokenizer(file, 256, extra_ids=T5_EXTRA), t5_oracle(file, T5_EXTRA), list(strings(2000)))
+    assert not differing(
+        T5Tokenizer(file, 256, extra_ids=T5_EXTRA), t5_oracle(file, T5_EXTRA), list(strings(2000))
+    )
 
 
 def test_t5_ids_equal_sentencepiece_on_plain_text(t5_file: Path):
@@ -206,7 +251,10 @@ def test_t5_ids_equal_sentencepiece_on_plain_text(t5_file: Path):
 
 def test_t5_ids_stay_within_the_pieces_without_extra_tokens():
     file = DEMO_FOLDER / "spiece.model"
-    tokenizer, pieces = T5Tokenizer(file, 256), sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
+    tokenizer, pieces = (
+        T5Tokenizer(file, 256),
+        sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size(),
+    )
     assert max(int(tokenizer(text).max()) for text in strings(500)) < pieces
 
 

@@ -22,7 +22,13 @@ from hybridiff.switching import SwitchRule
 from hybridiff.transport import Mailbox, Ranks, connect, disconnect, nccl_problem
 
 CPU, RULE = torch.device("cpu"), SwitchRule(window=3, slope=0.0, cap=3, interval=2)
-SHAPES = [((), torch.float32), ((1, 4, 8, 8), torch.float16), ((1, 333, 64), torch.bfloat16), ((0,), torch.float32), ((1, 640, 64, 64), torch.float32)]
+SHAPES = [
+    ((), torch.float32),
+    ((1, 4, 8, 8), torch.float16),
+    ((1, 333, 64), torch.bfloat16),
+    ((0,), torch.float32),
+    ((1, 640, 64, 64), torch.float32),
+]
 
 
 def message(sender: int, number: int) -> tuple[torch.Tensor, ...]:
@@ -44,7 +50,9 @@ def on_rank(rank: int, world: int, port: int, folder: str) -> None:
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, wanted))
 
     others = [other for other in range(world) if other != rank]
-    for number in range(len(SHAPES)):  # an exchange of everybody with everybody: all sends are posted before anything is awaited
+    for number in range(
+        len(SHAPES)
+    ):  # an exchange of everybody with everybody: all sends are posted before anything is awaited
         for other in others:
             transport.send(name, message(rank, number), rank, other)
         for other in others:
@@ -92,7 +100,12 @@ def test_first_messages_never_wait_for_each_other(world: int, monkeypatch: pytes
 
     def play(number: int) -> None:
         rank = object.__new__(Ranks)
-        rank.rank, rank.world, rank.members, rank.timeout = number, world, tuple(range(world)), timedelta(seconds=20)
+        rank.rank, rank.world, rank.members, rank.timeout = (
+            number,
+            world,
+            tuple(range(world)),
+            timedelta(seconds=20),
+        )
         rank.wire, rank.lanes = CPU, {pair: pair for pair in lanes}
         rank.meet()
 
@@ -132,7 +145,10 @@ def test_a_watched_peer_that_ends_is_noticed_at_once(dies, codes):
     assert [rank.exitcode for rank in ranks] == codes
 
 
-@pytest.mark.parametrize("gpus, ranks, nccl, words", [(2, 2, True, None), (1, 2, True, "2 ranks share 1 GPU"), (2, 2, False, "no NCCL")])
+@pytest.mark.parametrize(
+    "gpus, ranks, nccl, words",
+    [(2, 2, True, None), (1, 2, True, "2 ranks share 1 GPU"), (2, 2, False, "no NCCL")],
+)
 def test_nccl_needs_a_gpu_a_rank(gpus, ranks, nccl, words, monkeypatch: pytest.MonkeyPatch):
     """What is chosen on machines with GPUs, as far as it can be told without one."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -151,7 +167,14 @@ def test_nccl_needs_a_gpu_a_rank(gpus, ranks, nccl, words, monkeypatch: pytest.M
 def test_the_ranks_choose_alike(told, wish, backend, wire, monkeypatch: pytest.MonkeyPatch):
     """From what all ranks told; values for gloo are staged in host memory."""
     rank = object.__new__(Ranks)
-    rank.rank, rank.world, rank.members, rank.all_teams, rank.team, rank.timeout = 0, 2, (0, 1), [(0, 1)], 0, timedelta(seconds=5)
+    rank.rank, rank.world, rank.members, rank.all_teams, rank.team, rank.timeout = (
+        0,
+        2,
+        (0, 1),
+        [(0, 1)],
+        0,
+        timedelta(seconds=5),
+    )
     rank.gather, rank.watch_peers, rank.meet = lambda word: told, lambda: None, lambda: None
     monkeypatch.setattr(hybridiff.transport.dist, "new_group", lambda *given, backend, **named: backend)
     rank.open_lanes(torch.device("cuda", 0), wish)
@@ -161,13 +184,18 @@ def test_the_ranks_choose_alike(told, wish, backend, wire, monkeypatch: pytest.M
 
 def on_gpu(rank: int, port: int, folder: str) -> None:
     """Body of a spawned rank with CUDA: the tiny picture of `tiny.run`, on the rank's GPU."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     transport = connect(timedelta(seconds=60))
     transport.open_lanes(device)
     task = make_task("sdxl", 8)
-    told = {text: type(value)(*(tensor.to(device) for tensor in value)) for text, value in task.conditioning.items()}
+    told = {
+        text: type(value)(*(tensor.to(device) for tensor in value))
+        for text, value in task.conditioning.items()
+    }
     task = replace(task, denoiser=task.denoiser.to(device), conditioning=told, noise=task.noise.to(device))
     records = list(denoise(task, strategies("sdxl")["paper"], Settings(8, RULE), transport))
     torch.save([transport.backend, records[-1].latents.cpu()], Path(folder) / str(rank))
@@ -177,7 +205,9 @@ def on_gpu(rank: int, port: int, folder: str) -> None:
 def test_two_ranks_on_gpus(tmp_path: Path):
     """`close` to the CPU: by NCCL with two GPUs, through host memory with one."""
     if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device here: NCCL, and messages that are staged from a GPU, are not run")
+        pytest.skip(
+            "there is no CUDA device here: NCCL, and messages that are staged from a GPU, are not run"
+        )
     mp.spawn(on_gpu, (free_port(1), str(tmp_path)), nprocs=2)
     for rank in range(2):
         backend, latents = torch.load(tmp_path / str(rank))

@@ -18,12 +18,36 @@ from hybridiff.transport import Mailbox, connect, disconnect
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.unet import UNet, UNetConditioning, UNetConfig
 
-UNET = UNetConfig(channels=16, depths=(0, 1, 1), middle_depth=1, heads=(1, 2, 4), context_width=24, vector_width=20, groups=8)
-MMDIT = MMDiTConfig(latent_channels=4, width=32, depth=6, heads=2, context_width=24, pooled_width=20, positions=12, qk_norm=True)
+UNET = UNetConfig(
+    channels=16,
+    depths=(0, 1, 1),
+    middle_depth=1,
+    heads=(1, 2, 4),
+    context_width=24,
+    vector_width=20,
+    groups=8,
+)
+MMDIT = MMDiTConfig(
+    latent_channels=4,
+    width=32,
+    depth=6,
+    heads=2,
+    context_width=24,
+    pooled_width=20,
+    positions=12,
+    qk_norm=True,
+)
 
 
 def make_task(
-    family: str, steps: int, seed: int = 0, guidance: float = 5.0, sampler: str | None = None, cuts=None, nested: bool = False, dual: int = 0
+    family: str,
+    steps: int,
+    seed: int = 0,
+    guidance: float = 5.0,
+    sampler: str | None = None,
+    cuts=None,
+    nested: bool = False,
+    dual: int = 0,
 ) -> Task:
     """A task on random weights; the same seed gives the same task in every process."""
     torch.manual_seed(seed)
@@ -37,11 +61,21 @@ def make_task(
     return Task(denoiser.eval(), cuts, make_sampler(family, sampler, steps), conditioning, guidance, noise)
 
 
-def run(family: str, strategy: str, steps: int, rule: SwitchRule | Reuse, transport=None, ranks: int | None = None, **options) -> dict:
+def run(
+    family: str,
+    strategy: str,
+    steps: int,
+    rule: SwitchRule | Reuse,
+    transport=None,
+    ranks: int | None = None,
+    **options,
+) -> dict:
     """Latents after every step, stages, discrepancies and bytes, in one process or on this rank."""
     torch.set_num_threads(1)
     transport = transport or Mailbox()
-    chosen = strategies(family)[strategy].on(ranks or strategies(family)[strategy].ranks, UNET if family == "sdxl" else MMDIT)
+    chosen = strategies(family)[strategy].on(
+        ranks or strategies(family)[strategy].ranks, UNET if family == "sdxl" else MMDIT
+    )
     task = make_task(family, steps, **options)
     task = replace(task, cuts=options.get("cuts") or chosen.cuts(task.denoiser))
     settings = Settings(steps, reuse=rule) if isinstance(rule, Reuse) else Settings(steps, rule)

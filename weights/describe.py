@@ -5,7 +5,13 @@ from weights.load import Checkpoint
 
 NEEDED = ("denoiser", "vae", "clip_l", "clip_g")
 PARTS = {"sdxl": NEEDED, "sd3": (*NEEDED, "t5")}  # T5 can be left out
-TITLES = {"unet": "U-Net", "mmdit": "MMDiT", "vae": "autoencoder", "clip": "CLIP text encoder", "t5": "T5 encoder"}
+TITLES = {
+    "unet": "U-Net",
+    "mmdit": "MMDiT",
+    "vae": "autoencoder",
+    "clip": "CLIP text encoder",
+    "t5": "T5 encoder",
+}
 SOURCES = {
     "clip_l": "clip_l.safetensors", "clip_g": "clip_g.safetensors",
     "t5": "t5xxl_fp16.safetensors or t5xxl_fp8_e4m3fn.safetensors",
@@ -19,8 +25,10 @@ def where_to_get(checkpoint: Checkpoint, part: str) -> str:
     if checkpoint.layout == "folder":
         return f"{part} is missing{note}: fetch its sub-folder of the same repository."
     if checkpoint.family == "sd3" and part in SOURCES:
-        return (f"{part} is missing{note}: fetch {SOURCES[part]} from {ENCODER_HOME} and put it beside the checkpoint,"
-                " or name it by --text-encoders.")
+        return (
+            f"{part} is missing{note}: fetch {SOURCES[part]} from {ENCODER_HOME} and put it beside the checkpoint,"
+            " or name it by --text-encoders."
+        )
     return f"{part} is missing{note}: this is not the whole model; fetch the official single file."
 
 
@@ -50,8 +58,10 @@ def describe(checkpoint: Checkpoint, t5: bool = True) -> str:
         fitted = checkpoint.part(part)
         parameters = sum(tensor.numel() for tensor in fitted.module.state_dict().values())
         stored = fitted.bytes_by_dtype
-        lines.append(f"  {part:<9} {TITLES[fitted.kind]}, {parameters / 1e6:,.1f} M parameters, {', '.join(stored)},"
-                     f" {stored.total() / 1e6:,.1f} MB")
+        lines.append(
+            f"  {part:<9} {TITLES[fitted.kind]}, {parameters / 1e6:,.1f} M parameters, {', '.join(stored)},"
+            f" {stored.total() / 1e6:,.1f} MB"
+        )
         if fitted.place != checkpoint.path and checkpoint.layout == "single":
             lines.append(f"  {'':<9} from {fitted.place}")
     lines += checkpoint.remarks

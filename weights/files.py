@@ -30,11 +30,17 @@ BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5
         "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
         "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}  # fmt: skip
 KINDS = (  # what a file that is no safetensors file begins with, and what it is
-    (b"PK\x03\x04", "a PyTorch pickle (.ckpt, .pt or .bin), which is never opened here: fetch the .safetensors file"),
+    (
+        b"PK\x03\x04",
+        "a PyTorch pickle (.ckpt, .pt or .bin), which is never opened here: fetch the .safetensors file",
+    ),
     (b"\x80\x02", "a Python pickle, which is never opened here: fetch the .safetensors file"),
     (b"\x80\x03", "a Python pickle, which is never opened here: fetch the .safetensors file"),
     (b"\x80\x04", "a Python pickle, which is never opened here: fetch the .safetensors file"),
-    (b"<", "a web page, not a safetensors file: log in where it came from, accept the licence and fetch it again"),
+    (
+        b"<",
+        "a web page, not a safetensors file: log in where it came from, accept the licence and fetch it again",
+    ),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"GGUF", "a GGUF file: fetch the .safetensors file"),
 )
@@ -64,7 +70,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise WeightsError(f"{ascii(str(path))} is not a name in UTF-8, which the package safetensors needs: rename it.") from None
+        raise WeightsError(
+            f"{ascii(str(path))} is not a name in UTF-8, which the package safetensors needs: rename it."
+        ) from None
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise WeightsError(f"{path} is not a file.")
@@ -80,7 +88,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # includes bad UTF-8 and bad JSON
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise WeightsError(f"{path} is damaged: its header is not valid JSON ({detail}); fetch it again.") from None
+        raise WeightsError(
+            f"{path} is damaged: its header is not valid JSON ({detail}); fetch it again."
+        ) from None
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is damaged: its header is not a table of tensors; fetch it again.")
     metadata = header.pop("__metadata__", {})
@@ -102,8 +112,10 @@ def check_start(path: Path, start: bytes, size: int) -> int:
     if start[8:9] != b"{":
         raise WeightsError(f"{path} is not a safetensors file: no header follows its first 8 bytes.")
     if length > size - 8:
-        raise WeightsError(f"{path} is cut off or damaged: {size:,} bytes, but its header alone claims {length:,};"
-                           " fetch it again.")
+        raise WeightsError(
+            f"{path} is cut off or damaged: {size:,} bytes, but its header alone claims {length:,};"
+            " fetch it again."
+        )
     if length > MAX_HEADER:
         raise WeightsError(f"{path} has a header of {length:,} bytes, more than any model needs.")
     return length
@@ -136,21 +148,27 @@ def check_entries(path: Path, header: dict, data_size: int) -> dict[str, Entry]:
         if not isinstance(dtype, str) or dtype not in BITS:
             raise WeightsError(f"{path}: tensor {key!r:.200} has the unknown dtype {dtype!r:.50}.")
         if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[dtype]:
-            raise WeightsError(f"{path} is damaged: the shape and place of tensor {key!r:.200} do not fit; fetch it"
-                               " again.")
+            raise WeightsError(
+                f"{path} is damaged: the shape and place of tensor {key!r:.200} do not fit; fetch it again."
+            )
         entries[key] = Entry(path, key, dtype, tuple(shape))
         ranges.append((*offsets, key))
     end = 0
     for begin, stop, key in sorted(ranges):
         if begin != end:
-            raise WeightsError(f"{path} is damaged: its tensors leave a gap or overlap at {key!r:.200}; fetch it"
-                               " again.")
+            raise WeightsError(
+                f"{path} is damaged: its tensors leave a gap or overlap at {key!r:.200}; fetch it again."
+            )
         end = stop
     if end > data_size:
-        raise WeightsError(f"{path} is cut off: {data_size:,} bytes of tensors where its header lists {end:,};"
-                           " fetch it again.")
+        raise WeightsError(
+            f"{path} is cut off: {data_size:,} bytes of tensors where its header lists {end:,};"
+            " fetch it again."
+        )
     if end < data_size:
-        raise WeightsError(f"{path} is damaged: {data_size - end:,} bytes follow its last tensor; fetch it again.")
+        raise WeightsError(
+            f"{path} is damaged: {data_size - end:,} bytes follow its last tensor; fetch it again."
+        )
     return entries
 
 

@@ -21,16 +21,19 @@ def locate(name: str) -> Path:
     if name in DEMOS:
         path = DEMO_FOLDER / f"{name}.safetensors"
         if not path.exists():
-            raise WeightsError(f"{path} is not there: the demo checkpoints belong to the repository; check it out"
-                               " whole.")
+            raise WeightsError(
+                f"{path} is not there: the demo checkpoints belong to the repository; check it out whole."
+            )
         return path
     path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     if HUB_ID.fullmatch(name) and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin")):
         return from_hub(name)
-    raise WeightsError(f"There is no {ascii(name):.200}: give {' or '.join(DEMOS)}, a .safetensors file, a folder in"
-                       " Hugging Face layout, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0.")
+    raise WeightsError(
+        f"There is no {ascii(name):.200}: give {' or '.join(DEMOS)}, a .safetensors file, a folder in"
+        " Hugging Face layout, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
+    )
 
 
 def wanted(files: Collection[str]) -> list[str]:
@@ -38,16 +41,22 @@ def wanted(files: Collection[str]) -> list[str]:
 
     Of weights that come in several variants the fp16 one is taken. Empty if the choice is not clear.
     """
-    folders = next((f for f in FOLDERS.values() if any(file.startswith(f["denoiser"] + "/") for file in files)), None)
+    folders = next(
+        (f for f in FOLDERS.values() if any(file.startswith(f["denoiser"] + "/") for file in files)), None
+    )
     if folders is None:
         single = [file for file in files if "/" not in file and file.endswith(".safetensors")]
         return single if len(single) == 1 else []
     chosen = [file for file in files if file in ("model_index.json", "scheduler/scheduler_config.json")]
     for folder in folders.values():
         inside = [file for file in files if str(PurePosixPath(file).parent) == folder]
-        weights = [file for file in inside if re.search(r"/(model|diffusion_pytorch_model)[^/]*\.safetensors$", file)]
+        weights = [
+            file for file in inside if re.search(r"/(model|diffusion_pytorch_model)[^/]*\.safetensors$", file)
+        ]
         half = [file for file in weights if ".fp16" in file]
-        chosen += (half or [file for file in weights if "." not in file.removesuffix(".safetensors")] or weights)
+        chosen += (
+            half or [file for file in weights if "." not in file.removesuffix(".safetensors")] or weights
+        )
         chosen += [file for file in inside if file.endswith("/config.json")]
     return chosen + [f for f in files if f in {f"{d}/{name}" for d in TOKENIZERS for name in TOKENIZER_FILES}]
 
@@ -60,24 +69,32 @@ def from_hub(name: str) -> Path:
     except ImportError:
         if cached is not None:
             return cached
-        raise WeightsError(f"There is no file or folder {name}; if it is a hub id, run `pip install huggingface_hub`"
-                           f" and try again, or fetch it yourself: `hf download {name} --local-dir DIR`.") from None
+        raise WeightsError(
+            f"There is no file or folder {name}; if it is a hub id, run `pip install huggingface_hub`"
+            f" and try again, or fetch it yourself: `hf download {name} --local-dir DIR`."
+        ) from None
     try:
         files = [file.rfilename for file in huggingface_hub.HfApi().model_info(name, timeout=8).siblings]
         chosen = wanted(files)
         if chosen:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=chosen))
             return folder / chosen[0] if "/" not in chosen[-1] and len(chosen) == 1 else folder
-    except Exception as error:  # no network, no such repository, licence not accepted, disk full: the hub's own types
+    except (
+        Exception
+    ) as error:  # no network, no such repository, licence not accepted, disk full: the hub's own types
         if cached is not None:
             return cached
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise WeightsError(f"{name} is neither a file or folder here nor could it be fetched from the hub"
-                           f" ({type(error).__name__}: {reason:.300}); `hf auth login` and a licence accepted on its page may"
-                           f" help, or fetch it elsewhere by `hf download {name} --local-dir DIR` and give DIR.") from None
+        raise WeightsError(
+            f"{name} is neither a file or folder here nor could it be fetched from the hub"
+            f" ({type(error).__name__}: {reason:.300}); `hf auth login` and a licence accepted on its page may"
+            f" help, or fetch it elsewhere by `hf download {name} --local-dir DIR` and give DIR."
+        ) from None
     single = [file for file in files if file.endswith(".safetensors")]
-    raise WeightsError(f"{name} holds no SDXL or SD3 model in Hugging Face layout and not exactly one .safetensors file"
-                       f" ({', '.join(single[:6]) or 'none'}): fetch one with `hf download {name} FILE` and give that.")
+    raise WeightsError(
+        f"{name} holds no SDXL or SD3 model in Hugging Face layout and not exactly one .safetensors file"
+        f" ({', '.join(single[:6]) or 'none'}): fetch one with `hf download {name} FILE` and give that."
+    )
 
 
 def cached_snapshot(name: str) -> Path | None:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Rule = tuple[str, Callable[..., list[tuple[str, str]]]]  # regex of the file name, its groups -> [(module name, how)]
+Rule = tuple[
+    str, Callable[..., list[tuple[str, str]]]
+]  # regex of the file name, its groups -> [(module name, how)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ UNET_ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2
 
 def unet_folder(keys: Collection[str]) -> list[Rule]:
     """Hugging Face U-Net: levels of resnets and attentions -> one list of blocks in, one out."""
-    down = numbers(keys, r"down_blocks\.0\.resnets\.(\d+)\.") + 1  # input blocks a level, with the downsampling
+    down = (
+        numbers(keys, r"down_blocks\.0\.resnets\.(\d+)\.") + 1
+    )  # input blocks a level, with the downsampling
     up = numbers(keys, r"up_blocks\.0\.resnets\.(\d+)\.")
     attended = {match[1] for key in keys if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", key))}
 
@@ -221,8 +225,14 @@ def openclip(keys: Collection[str]) -> list[Rule]:
 def clip(keys: Collection[str]) -> list[Rule]:
     """transformers' naming, which is the official one too; transformers 5 shows it without `text_model.`."""
     return [
-        (r"(?:text_model\.)?embeddings\.position_ids|logit_scale", lambda: []),  # 0..76; training's temperature
-        (r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..*)", lambda rest: copy(f"text_model.{rest}")),
+        (
+            r"(?:text_model\.)?embeddings\.position_ids|logit_scale",
+            lambda: [],
+        ),  # 0..76; training's temperature
+        (
+            r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..*)",
+            lambda rest: copy(f"text_model.{rest}"),
+        ),
         identity(r"text_projection\.weight"),
     ]
 
@@ -257,7 +267,9 @@ def translate(kind: str, keys: Collection[str]) -> tuple[dict[str, Source], list
     `kind`: "unet", "mmdit", "vae", "clip" or "t5". Keys that are known to be of no use are in neither.
     """
     keys = sorted(keys)
-    rules = next((make(set(keys)) for start, make in NAMINGS[kind] if any(k.startswith(start) for k in keys)), [])
+    rules = next(
+        (make(set(keys)) for start, make in NAMINGS[kind] if any(k.startswith(start) for k in keys)), []
+    )
     rules = [(re.compile(pattern), targets) for pattern, targets in rules]
     found: dict[str, dict[str, str]] = {}  # module name -> {how: key}
     unexpected = []

@@ -42,13 +42,22 @@ class Checkpoint:
         self.defaults, self.zero_negative = contents.defaults, contents.zero_negative
         self.notes: dict[str, list[str]] = dict(contents.notes)
         self.remarks = contents.remarks
-        self.t5_length, self.t5_file = contents.t5_length or T5_LENGTH, t5_file and os.path.expanduser(t5_file)
+        self.t5_length, self.t5_file = (
+            contents.t5_length or T5_LENGTH,
+            t5_file and os.path.expanduser(t5_file),
+        )
         parts = dict(contents.parts)
-        own_t5 = [parts.pop("t5")] if "t5" in parts and parts["t5"].place.is_dir() else []  # a folder's, which can be done without
-        self.fitted: dict[str, Fitted] = {name: check_part(name, parts[name], self.family) for name in PARTS if name in parts}
+        own_t5 = (
+            [parts.pop("t5")] if "t5" in parts and parts["t5"].place.is_dir() else []
+        )  # a folder's, which can be done without
+        self.fitted: dict[str, Fitted] = {
+            name: check_part(name, parts[name], self.family) for name in PARTS if name in parts
+        }
         check_together(self.path, self.family, {name: part.config for name, part in self.fitted.items()})
         self.take_first("t5", own_t5)
-        self.tokenizers: dict[str, CLIPTokenizer | T5Tokenizer | T5JsonTokenizer] = {}  # those that were asked for
+        self.tokenizers: dict[
+            str, CLIPTokenizer | T5Tokenizer | T5JsonTokenizer
+        ] = {}  # those that were asked for
         self.kept: dict[tuple, nn.Module] = {}  # arguments of `load` -> module
 
     @property
@@ -58,7 +67,9 @@ class Checkpoint:
 
     def look_beside(self) -> None:
         """Text encoders that an SD3 file lacks, from the files beside it: the largest that fits, and notes why others do not."""
-        found, self.notes = read_beside(self.path, [part for part in ("clip_l", "clip_g", "t5") if part not in self.fitted])
+        found, self.notes = read_beside(
+            self.path, [part for part in ("clip_l", "clip_g", "t5") if part not in self.fitted]
+        )
         for part, candidates in found.items():
             self.take_first(part, candidates)
 
@@ -113,7 +124,11 @@ class Checkpoint:
         if decoder_only:
             for half in ("encoder", "quant_conv"):
                 module._modules.pop(half, None)
-        stays = {f"{name}.weight" for name, layer in module.named_modules() if stored and isinstance(layer, T5Linear)}
+        stays = {
+            f"{name}.weight"
+            for name, layer in module.named_modules()
+            if stored and isinstance(layer, T5Linear)
+        }
         state: dict[str, Tensor] = {}
         read = Reader()
         for name, tensor in module.state_dict().items():
@@ -165,7 +180,9 @@ class Checkpoint:
         places = [home / folder] if self.layout == "folder" else [home, home / folder, home / "tokenizers"]
         if part == "t5":
             return t5_tokenizer(places, config, self.t5_length, self.t5_file)
-        return clip_tokenizer([] if self.ships_tokenizer(part) else places, config, pad=0 if part == "clip_g" else None)
+        return clip_tokenizer(
+            [] if self.ships_tokenizer(part) else places, config, pad=0 if part == "clip_g" else None
+        )
 
 
 def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str | None = None) -> Checkpoint:
@@ -178,13 +195,21 @@ def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str |
     try:
         path = locate(name)
         encoders = [(file, *read_encoder(Path(os.path.expanduser(file)))) for file in text_encoders]
-        contents = read_folder(path, without=[part for _, part, _ in encoders]) if path.is_dir() else read_single(path)
+        contents = (
+            read_folder(path, without=[part for _, part, _ in encoders])
+            if path.is_dir()
+            else read_single(path)
+        )
         parts, given = dict(contents.parts), {}
         for file, part, found in encoders:
             if part not in PREFIXES[contents.family]:
-                raise WeightsError(f"{file} is a {part} text encoder, which {contents.family.upper()} does not have.")
+                raise WeightsError(
+                    f"{file} is a {part} text encoder, which {contents.family.upper()} does not have."
+                )
             if part in given:
-                raise WeightsError(f"{given[part]} and {file} are both a {part} text encoder: give one of them.")
+                raise WeightsError(
+                    f"{given[part]} and {file} are both a {part} text encoder: give one of them."
+                )
             parts[part], given[part] = found, file
         checkpoint = Checkpoint(replace(contents, parts=parts), t5_file)
         if (contents.family, contents.layout) == ("sd3", "single"):

@@ -143,8 +143,10 @@ def read_single(path: Path) -> Contents:
         elif not IGNORED.fullmatch(key):
             unexpected.append(key)
     if unexpected:
-        raise WeightsError(f"{path} holds {len(unexpected)} tensors that do not belong to {family.upper()}:"
-                           f" {some(unexpected)}.")
+        raise WeightsError(
+            f"{path} holds {len(unexpected)} tensors that do not belong to {family.upper()}:"
+            f" {some(unexpected)}."
+        )
     parts = {}
     for part in prefixes:
         if part in found:
@@ -161,7 +163,9 @@ def without_projection(part: str, entries: dict[str, Entry]) -> dict[str, Entry]
     Some files have one. Stability's code does not apply it (Stability-AI/sd3-ref, class ClipL: return_projected_pooled=False),
     and diffusers puts the identity in its place; only a Hugging Face folder's is meant to be used.
     """
-    return {key: entry for key, entry in entries.items() if (part, key) != ("clip_l", "text_projection.weight")}
+    return {
+        key: entry for key, entry in entries.items() if (part, key) != ("clip_l", "text_projection.weight")
+    }
 
 
 def other_kind(keys: list[str]) -> str:
@@ -209,17 +213,23 @@ def checked_defaults(path: Path, defaults: dict) -> dict:
 def t5_length(path: Path, config: Mapping) -> int | None:
     """T5's number of tokens, where the metadata gives one."""
     length = config.get("t5_length")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or not 1 < length <= 4096):
+    if length is not None and (
+        not isinstance(length, int) or isinstance(length, bool) or not 1 < length <= 4096
+    ):
         raise WeightsError(f"{path}, metadata entry hybridiff.config: t5_length is {length!r:.50}.")
     return length
 
 
 def read_folder(path: Path, without: Collection[str] = ()) -> Contents:
     """Contents of a folder in Hugging Face layout, but for the parts `without`. A T5 that cannot be used is left out, with a note why."""
-    family = next((family for family, folders in FOLDERS.items() if (path / folders["denoiser"]).is_dir()), None)
+    family = next(
+        (family for family, folders in FOLDERS.items() if (path / folders["denoiser"]).is_dir()), None
+    )
     if family is None:
-        raise WeightsError(f"{path} has neither unet/ nor transformer/ in it: give the folder of an SDXL or SD3 model"
-                           " in Hugging Face layout, or a .safetensors file.")
+        raise WeightsError(
+            f"{path} has neither unet/ nor transformer/ in it: give the folder of an SDXL or SD3 model"
+            " in Hugging Face layout, or a .safetensors file."
+        )
     parts, notes, remarks = {}, {}, []
     for part, name in FOLDERS[family].items():
         folder, kind = path / name, kind_of(part, family)
@@ -238,19 +248,31 @@ def read_folder(path: Path, without: Collection[str] = ()) -> Contents:
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     if family == "sdxl":
         require(path / "scheduler", scheduler, TRAINED)
-        others = [f"{name} = {ascii(scheduler[name]):.50}" for name, value in SAMPLED.items() if scheduler.get(name, value) != value]
+        others = [
+            f"{name} = {ascii(scheduler[name]):.50}"
+            for name, value in SAMPLED.items()
+            if scheduler.get(name, value) != value
+        ]
         if others:
-            remarks.append(f"The folder's scheduler asks for {', '.join(others)}; the samplers here space the steps as SDXL's own does.")
+            remarks.append(
+                f"The folder's scheduler asks for {', '.join(others)}; the samplers here space the steps as SDXL's own does."
+            )
     if family == "sd3" and (other := [name for name in OTHER_FLOWS if scheduler.get(name)]):
-        raise WeightsError(f"{path / 'scheduler'} asks for {', '.join(other)}, which is not done here: SD3's own schedule"
-                           " has a fixed shift and none of these.")
+        raise WeightsError(
+            f"{path / 'scheduler'} asks for {', '.join(other)}, which is not done here: SD3's own schedule"
+            " has a fixed shift and none of these."
+        )
     defaults = {"shift": scheduler["shift"]} if family == "sd3" and "shift" in scheduler else {}
     index = path / "model_index.json"
     zeros = read_json(index).get("force_zeros_for_empty_prompt", True)
     if not isinstance(zeros, bool):
-        raise WeightsError(f"{index} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false.")
+        raise WeightsError(
+            f"{index} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false."
+        )
     defaults = checked_defaults(path, defaults)
-    return Contents(family, "folder", path, parts, defaults, zero_negative=zeros, remarks=remarks, notes=notes)
+    return Contents(
+        family, "folder", path, parts, defaults, zero_negative=zeros, remarks=remarks, notes=notes
+    )
 
 
 def check_denoiser(part: Part, family: str) -> None:
@@ -285,7 +307,9 @@ def read_json(path: Path) -> dict:
         raise WeightsError(f"{path} cannot be read: {error}.") from None
 
 
-SHARD = re.compile(r"(?P<stem>[^.]+?)(?P<old>-\d{5}-of-\d{5})?(?:\.(?P<variant>[^.]+?))?(?P<new>-\d{5}-of-\d{5})?\.safetensors")
+SHARD = re.compile(
+    r"(?P<stem>[^.]+?)(?P<old>-\d{5}-of-\d{5})?(?:\.(?P<variant>[^.]+?))?(?P<new>-\d{5}-of-\d{5})?\.safetensors"
+)
 STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
 
 
@@ -295,17 +319,23 @@ def folder_entries(folder: Path) -> tuple[dict[str, Entry], list[str]]:
 
     Shards are numbered after the variant (`model.fp16-00001-of-00002`) or, by older versions of diffusers, before it.
     """
-    sets: dict[tuple[str, str, int], dict[str, Path]] = {}  # (stem, variant, number of shards) -> number -> file
+    sets: dict[
+        tuple[str, str, int], dict[str, Path]
+    ] = {}  # (stem, variant, number of shards) -> number -> file
     for file in sorted(folder.glob("*.safetensors")):
         if match := SHARD.fullmatch(file.name):
             number, of = (match["old"] or match["new"] or "-00001-of-00001").removeprefix("-").split("-of-")
             sets.setdefault((match["stem"], match["variant"] or "", int(of)), {})[number] = file
     if not sets:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
-        raise WeightsError(f"{folder} holds no .safetensors file" + (", only pickles, which are never opened here."
-                           if pickles else "."))
+        raise WeightsError(
+            f"{folder} holds no .safetensors file"
+            + (", only pickles, which are never opened here." if pickles else ".")
+        )
     order = {"": 0, "fp16": 1, "bf16": 2}
-    ranked = sorted(sets, key=lambda s: (s[0] not in STEMS, len(sets[s]) != s[2], order.get(s[1], 3), s))  # whole sets first
+    ranked = sorted(
+        sets, key=lambda s: (s[0] not in STEMS, len(sets[s]) != s[2], order.get(s[1], 3), s)
+    )  # whole sets first
     shards, files = ranked[0][2], sets[ranked[0]]
     if len(files) != shards:
         raise WeightsError(f"{folder} holds {len(files)} of {shards} shards: fetch the others.")
@@ -317,7 +347,10 @@ def folder_entries(folder: Path) -> tuple[dict[str, Entry], list[str]]:
             except WeightsError as problem:
                 problems.append(problem)
             else:
-                return entries, [f"{str(problem).rstrip('.')}; the variant {key[1] or 'without a name'} beside it is taken." for problem in problems[:1]]
+                return entries, [
+                    f"{str(problem).rstrip('.')}; the variant {key[1] or 'without a name'} beside it is taken."
+                    for problem in problems[:1]
+                ]
     raise problems[0]
 
 
@@ -327,7 +360,9 @@ def together(files: Iterable[Path]) -> dict[str, Entry]:
     for file in files:
         found, _ = read_header(file)
         if twice := entries.keys() & found.keys():
-            raise WeightsError(f"{file} holds tensors that another file beside it holds too: {some(sorted(twice))}.")
+            raise WeightsError(
+                f"{file} holds tensors that another file beside it holds too: {some(sorted(twice))}."
+            )
         entries |= found
     return entries
 
@@ -349,8 +384,12 @@ def read_encoder(path: Path) -> tuple[str, Part]:
         projected = "text_projection.weight" in entries
         part = {768: "clip_l", 1280: "clip_g"}.get(width, "clip_g" if projected else "clip_l")
     else:
-        raise WeightsError(f"{path} is not a text encoder (CLIP-L, bigG or T5); its tensors: {some(list(entries))}.")
-    return part, Part(kind_of(part, "sd3"), path, without_projection(part, entries), table(path, config, part))
+        raise WeightsError(
+            f"{path} is not a text encoder (CLIP-L, bigG or T5); its tensors: {some(list(entries))}."
+        )
+    return part, Part(
+        kind_of(part, "sd3"), path, without_projection(part, entries), table(path, config, part)
+    )
 
 
 def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, list[Part]], dict[str, list[str]]]:
@@ -359,7 +398,11 @@ def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, list[Part]], d
     """
     found: dict[str, list[Part]] = {part: [] for part in wanted}
     notes: dict[str, list[str]] = {}
-    files = [file for folder in ("", "text_encoders") for file in sorted((path.parent / folder).glob("*.safetensors"))]
+    files = [
+        file
+        for folder in ("", "text_encoders")
+        for file in sorted((path.parent / folder).glob("*.safetensors"))
+    ]
     for file in files if wanted else ():
         try:
             part, encoder = read_encoder(file)

@@ -36,7 +36,9 @@ def given_by_json(kind: str, config: Mapping) -> dict:
 
     The `attention_head_dim` of a U-Net is the number of its heads (diffusers, UNet2DConditionModel).
     """
-    return {ours: config[theirs] for theirs, ours in JSON_NAMES[kind].items() if config.get(theirs) is not None}
+    return {
+        ours: config[theirs] for theirs, ours in JSON_NAMES[kind].items() if config.get(theirs) is not None
+    }
 
 
 def size(shapes: Shapes, name: str, dim: int, rank: int) -> int:
@@ -76,9 +78,13 @@ def heads(given: Mapping, width: int, head_width: int = HEAD_WIDTH) -> int:
 
 def unet(shapes: Shapes, given: Mapping = {}) -> UNetConfig:
     """Sizes of a U-Net."""
-    channels = divide(size(shapes, "input_blocks.0.0.weight", 0, 4), 2, "rows of input_blocks.0.0.weight") * 2  # half cosines, half sines
+    channels = (
+        divide(size(shapes, "input_blocks.0.0.weight", 0, 4), 2, "rows of input_blocks.0.0.weight") * 2
+    )  # half cosines, half sines
     count = numbers(shapes, r"input_blocks\.(\d+)\.")
-    closing = [i for i in range(count) if f"input_blocks.{i}.0.op.weight" in shapes]  # the downsampling blocks
+    closing = [
+        i for i in range(count) if f"input_blocks.{i}.0.op.weight" in shapes
+    ]  # the downsampling blocks
     levels, blocks = len(closing) + 1, (closing[0] if closing else count) - 1
     if blocks < 1 or count != levels * (blocks + 1):
         raise WeightsError(f"{count} input blocks with {len(closing)} downsamplings do not make up a U-Net")
@@ -167,7 +173,9 @@ def autoencoder(shapes: Shapes, family: str, given: Mapping = {}) -> Autoencoder
     return AutoencoderConfig(
         channels=channels,
         multipliers=tuple(divide(width, channels, "channels of a level") for width in widths),
-        blocks=at_least_one(numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\."), "residual blocks in the encoder"),
+        blocks=at_least_one(
+            numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\."), "residual blocks in the encoder"
+        ),
         latent_channels=size(shapes, "decoder.conv_in.weight", 1, 4),
         quant_convs="post_quant_conv.weight" in shapes,
         groups=groups(given, channels),
@@ -197,7 +205,9 @@ def clip(shapes: Shapes, activation: str, given: Mapping = {}, unused: int = 0) 
     width = size(shapes, table, 1, 2)
     activation = given.get("activation", activation)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise WeightsError(f"the configuration gives activation = {activation!r:.50}, known are {list(ACTIVATIONS)}")
+        raise WeightsError(
+            f"the configuration gives activation = {activation!r:.50}, known are {list(ACTIVATIONS)}"
+        )
     projection = "text_projection.weight"
     positions = size(shapes, "text_model.embeddings.position_embedding.weight", 0, 2)
     if positions < 3:

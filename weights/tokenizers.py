@@ -83,7 +83,9 @@ def clip_tokenizer(folders: Iterable[Path], config: CLIPConfig, pad: int | None)
         vocab, merges, whole = (place / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
         try:
             if vocab.is_file() and merges.is_file():
-                tokenizer = CLIPTokenizer.from_files(vocab, merges, config.positions, pad, declared_pad(place))
+                tokenizer = CLIPTokenizer.from_files(
+                    vocab, merges, config.positions, pad, declared_pad(place)
+                )
             elif whole.is_file():
                 tokenizer = clip_of_json(whole, config.positions, pad, declared_pad(place))
             if tokenizer is not None and (declared := declared_pad(place)):
@@ -95,12 +97,16 @@ def clip_tokenizer(folders: Iterable[Path], config: CLIPConfig, pad: int | None)
     if tokenizer is None and config.vocabulary == CLIP_WORDS:
         tokenizer, place = CLIPTokenizer(*packed_clip(), config.positions, pad), PACKED
     if tokenizer is None:
-        raise WeightsError(f"A text encoder knows {config.vocabulary:,} tokens, which is not CLIP's vocabulary: put its"
-                           " vocab.json and merges.txt beside it.")
+        raise WeightsError(
+            f"A text encoder knows {config.vocabulary:,} tokens, which is not CLIP's vocabulary: put its"
+            " vocab.json and merges.txt beside it."
+        )
     words = tokenizer.tokenizer.get_vocab_size()
     if words > config.vocabulary or tokenizer.end != words - 1:
-        raise WeightsError(f"The vocabulary in {place} has {words:,} tokens, end token {tokenizer.end}; its text"
-                           f" encoder knows {config.vocabulary:,}, and the end token must be the last.")
+        raise WeightsError(
+            f"The vocabulary in {place} has {words:,} tokens, end token {tokenizer.end}; its text"
+            f" encoder knows {config.vocabulary:,}, and the end token must be the last."
+        )
     return tokenizer
 
 
@@ -120,8 +126,10 @@ def t5_tokenizer(
     file = next((file for file in places if file.is_file()), None)
     if file is None:
         where = f"at {option}" if option is not None else f"beside the checkpoint ({places[0].parent})"
-        raise WeightsError(f"T5's vocabulary was not found {where}: fetch {T5_SOURCE} and put it there (--no-t5 works"
-                           " without it).")
+        raise WeightsError(
+            f"T5's vocabulary was not found {where}: fetch {T5_SOURCE} and put it there (--no-t5 works"
+            " without it)."
+        )
     try:
         if file.suffix == ".json":
             tokenizer = T5JsonTokenizer(file, length)
@@ -130,9 +138,13 @@ def t5_tokenizer(
             words = spiece_words(file)
             tokenizer = T5Tokenizer(file, length, extra_ids=max(0, min(T5_EXTRA, config.vocabulary - words)))
     except Exception as error:  # both packages raise what they like, bare Exception included
-        raise WeightsError(f"T5's vocabulary {file} cannot be read ({error!s:.120}): fetch {T5_SOURCE} again.") from None
+        raise WeightsError(
+            f"T5's vocabulary {file} cannot be read ({error!s:.120}): fetch {T5_SOURCE} again."
+        ) from None
     if words > config.vocabulary:
-        raise WeightsError(f"T5's vocabulary {file} has {words:,} pieces, but the encoder knows {config.vocabulary:,}.")
+        raise WeightsError(
+            f"T5's vocabulary {file} has {words:,} pieces, but the encoder knows {config.vocabulary:,}."
+        )
     return tokenizer
 
 
@@ -145,8 +157,10 @@ def hub_cache() -> Path:
 
 def cached_t5() -> list[Path]:
     """Every T5 v1.1 spiece.model in the hub cache: of T5 itself and of SD3 and Flux folders."""
-    found = (sorted(hub_cache().glob(f"models--*/snapshots/*/{place}spiece.model"))
-             for place in ("", "tokenizer_3/", "tokenizer_2/"))
+    found = (
+        sorted(hub_cache().glob(f"models--*/snapshots/*/{place}spiece.model"))
+        for place in ("", "tokenizer_3/", "tokenizer_2/")
+    )
     return [file for files in found for file in files if file.is_file() and spiece_words(file) == T5_WORDS[0]]
 
 

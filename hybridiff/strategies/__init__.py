@@ -43,7 +43,11 @@ class Strategy(NamedTuple):
         """Where this strategy cuts a denoiser: once, or for N ranks N - 1 times."""
         if self.outer_work:
             return (denoiser.nested_cut(),)
-        return denoiser.cuts(even(denoiser.unit_sizes(), self.ranks)) if self.ranks > 2 else (denoiser.default_cut(),)
+        return (
+            denoiser.cuts(even(denoiser.unit_sizes(), self.ranks))
+            if self.ranks > 2
+            else (denoiser.default_cut(),)
+        )
 
 
 def strategies(family: str) -> dict[str, Strategy]:

@@ -2,12 +2,25 @@
 
 from typing import Sequence
 
-from hybridiff.schedule import DISCREPANCY, GUIDED, Guide, Join, Measure, Operation, Receive, Send, Step, StepPlan
+from hybridiff.schedule import (
+    DISCREPANCY,
+    GUIDED,
+    Guide,
+    Join,
+    Measure,
+    Operation,
+    Receive,
+    Send,
+    Step,
+    StepPlan,
+)
 from hybridiff.strategies.settings import Settings
 from hybridiff.strategies.sharing import TEXTS, evaluate, exchange, made_by
 
 
-def guided_step(before: Sequence[Sequence[Operation]], tell: bool, blocks: int = 0) -> tuple[tuple[Operation, ...], ...]:
+def guided_step(
+    before: Sequence[Sequence[Operation]], tell: bool, blocks: int = 0
+) -> tuple[tuple[Operation, ...], ...]:
     """Exchange the predictions that `before` leaves (see `made_by`: uncond on the first half of the ranks), guide and step on every rank.
 
     Rank 0 alone measures the discrepancy. With `tell` it sends the scalar on, so that all decide on the switch from the same bits.
@@ -23,6 +36,8 @@ def guided_step(before: Sequence[Sequence[Operation]], tell: bool, blocks: int =
     )
 
 
-def condition(step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0) -> StepPlan:
+def condition(
+    step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
+) -> StepPlan:
     """The first half of the ranks evaluates the network without the prompt, the second with it; one exchange of predictions a step."""
     return StepPlan("warm-up", guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))

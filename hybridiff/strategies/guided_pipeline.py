@@ -43,7 +43,9 @@ def full_step(step: int, window: range) -> StepPlan:
     enter, middle, leave = all_rings("uncond", 2)
     uncond: list[Operation] = [enter, middle, leave]
     cond: list[Operation] = [*all_rings("cond", 2)]
-    if step in (window.start - 2, window.start - 1) and len(window) > 1:  # a single one is under the prompt, whose features rank 1 has
+    if (
+        step in (window.start - 2, window.start - 1) and len(window) > 1
+    ):  # a single one is under the prompt, whose features rank 1 has
         uncond = [enter, middle, Send(inner("uncond"), to=1), leave]
         cond.append(Receive(inner("uncond"), source=0))
     return StepPlan(stage_of(step, window), guided_step([uncond, cond], tell=False))
@@ -63,13 +65,20 @@ def guided_pipeline(step: int, history: Sequence[float | None], settings: Settin
         return full_step(step, window)
     text, other = turn(step, window), turn(step + 1, window)
     continued = Extrapolate(prediction(other), computed_at(other, step, window))
-    guide: list[Operation] = [continued, Guide(**{text: prediction(text), other: ahead(prediction(other))}), Step(GUIDED)]
+    guide: list[Operation] = [
+        continued,
+        Guide(**{text: prediction(text), other: ahead(prediction(other))}),
+        Step(GUIDED),
+    ]
 
     rank0: list[Operation] = []
     rank1: list[Operation] = [Run("entry", text)]
     if step + 2 in window:
         rank1.append(Send(entry(text), to=0))
-    rank1 += [Extrapolate(inner(text), computed_at(text, step, window)), Run("exit", text, ahead(inner(text)))]
+    rank1 += [
+        Extrapolate(inner(text), computed_at(text, step, window)),
+        Run("exit", text, ahead(inner(text))),
+    ]
     rank1.append(Send(prediction(text), to=0))
     if step - 1 in window and step + 1 in window:  # what rank 0 makes in this step serves the next one
         rank0 += [Run("inner", other, entry(other), late=1), Send(inner(other), to=1)]

@@ -33,7 +33,11 @@ def merged_step(runs: Sequence[Sequence[Run]], handed: Sequence[Hand], maker: in
     lists = []
     for rank, mine in enumerate(runs):
         due = {value: receiver for value, sender, receiver in handed if sender == rank}
-        made = [op for run in mine for op in (run, *([Send(run.leaves, to=due[run.leaves])] if run.leaves in due else []))]
+        made = [
+            op
+            for run in mine
+            for op in (run, *([Send(run.leaves, to=due[run.leaves])] if run.leaves in due else []))
+        ]
         taken = [Receive(value, sender) for value, sender, receiver in handed if receiver == rank]
         merged = exchange([MERGED if other == maker else None for other in range(len(runs))])[rank]
         lists.append((*made, *(merged + taken if rank == maker else taken + merged), Step(MERGED)))
@@ -55,7 +59,9 @@ def paper_nested(
     switch = find_switch(history, settings.rule)
     if plan := guided_stage(step, switch, ranks, blocks):
         return plan
-    left = min(switch.tau2, settings.steps - 1) - step  # pipelined steps after this one: ring r's way out serves the r-th of them
+    left = (
+        min(switch.tau2, settings.steps - 1) - step
+    )  # pipelined steps after this one: ring r's way out serves the r-th of them
     innermost, fill, leader = ranks - 1, step == switch.first, {"uncond": 0, "cond": ranks // 2}
 
     def text(ring: int) -> str:
@@ -82,7 +88,11 @@ def paper_nested(
         runs = [[] for _ in range(ranks)]
         runs[leader["cond"]] = all_rings("cond", ranks)
         if ranks // 2 <= left:
-            runs[0] = [run for run in all_rings("uncond", ranks) if run.part not in ("up", "exit") or run.at >= ranks // 2]
+            runs[0] = [
+                run
+                for run in all_rings("uncond", ranks)
+                if run.part not in ("up", "exit") or run.at >= ranks // 2
+            ]
     return merged_step(runs, handed, leader["cond"] if fill else innermost)
 
 

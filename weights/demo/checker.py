@@ -42,7 +42,9 @@ def outline(shape: str, x: float, y: float, radius: float, side: int) -> Tensor:
     return distance(shape, across - x, down - y, radius) < 0
 
 
-AREAS = {shape: outline(shape, 0.5, 0.5, 0.25, 512).double().mean().item() / 0.25**2 for shape in SHAPES}  # per radius^2
+AREAS = {
+    shape: outline(shape, 0.5, 0.5, 0.25, 512).double().mean().item() / 0.25**2 for shape in SHAPES
+}  # per radius^2
 
 
 def describe_region(region: Tensor, image: Tensor) -> Object:
@@ -56,9 +58,18 @@ def describe_region(region: Tensor, image: Tensor) -> Object:
         overlap = ((drawn & region).sum() / (drawn | region).sum()).item()
         best = max(best, (overlap, shape, radius))
     overlap, shape, radius = best
-    inner = F.max_pool2d((~region)[None, None].double(), 3, stride=1, padding=1)[0, 0] == 0  # without the soft edge
+    inner = (
+        F.max_pool2d((~region)[None, None].double(), 3, stride=1, padding=1)[0, 0] == 0
+    )  # without the soft edge
     colour = common_colour(image[:, inner if inner.sum() >= 8 else region].T)
-    return Object(colour, shape if overlap >= OVERLAP else "?", "small" if radius < BORDER else "large", columns, rows, radius)
+    return Object(
+        colour,
+        shape if overlap >= OVERLAP else "?",
+        "small" if radius < BORDER else "large",
+        columns,
+        rows,
+        radius,
+    )
 
 
 def look(image: Tensor) -> tuple[str, list[Object]]:
@@ -84,7 +95,10 @@ def compare(scene: Scene, caption: str, image: Tensor) -> dict[str, bool | None]
     verdict["number"] = len(seen) == len(scene.objects)
     if verdict["number"]:
         orders = [seen] if len(seen) == 1 else [seen, seen[::-1]]
-        verdict |= max((_attributes(scene, order) for order in orders), key=lambda right: (right["colour"], sum(right[what] for what in asked)))
+        verdict |= max(
+            (_attributes(scene, order) for order in orders),
+            key=lambda right: (right["colour"], sum(right[what] for what in asked)),
+        )
     if not asks_size:
         verdict["size"] = None
     if not asks_relation:
@@ -94,8 +108,10 @@ def compare(scene: Scene, caption: str, image: Tensor) -> dict[str, bool | None]
 
 def _attributes(scene: Scene, seen: list[Object]) -> dict[str, bool]:
     """Colour, shape, size and relation, if the objects seen are the scene's in this order."""
-    right = {what: all(getattr(a, what) == getattr(b, what) for a, b in zip(scene.objects, seen))
-             for what in ("colour", "shape", "size")}
+    right = {
+        what: all(getattr(a, what) == getattr(b, what) for a, b in zip(scene.objects, seen))
+        for what in ("colour", "shape", "size")
+    }
     right["relation"] = True
     if scene.relation:
         dx, dy = RELATIONS[scene.relation]

@@ -21,10 +21,22 @@ from weights.demo.scenes import COLOURS, REACH, SHAPES, Scene
 from weights.demo.text_encoders import TextEncoders
 
 SIDE = 128
-READING = {"sdxl": (0.1, 0.0), "sd3": (0.25, 1.0)}  # weights in the loss: what stands where, where outlines run (does nothing for SDXL)
+READING = {
+    "sdxl": (0.1, 0.0),
+    "sd3": (0.25, 1.0),
+}  # weights in the loss: what stands where, where outlines run (does nothing for SDXL)
 PARTS = 4  # a side of a cell, for the outlines
-UNET = {"channels": 48, "multipliers": (1, 2, 3), "blocks": 2, "depths": (0, 1, 1), "middle_depth": 1,
-        "context_width": 256, "vector_width": 128 + 6 * 256, "heads": (1, 2, 3), "groups": 16}
+UNET = {
+    "channels": 48,
+    "multipliers": (1, 2, 3),
+    "blocks": 2,
+    "depths": (0, 1, 1),
+    "middle_depth": 1,
+    "context_width": 256,
+    "vector_width": 128 + 6 * 256,
+    "heads": (1, 2, 3),
+    "groups": 16,
+}
 MMDIT = {"width": 192, "depth": 6, "heads": 3, "context_width": 256, "pooled_width": 256, "qk_norm": True}
 GRID = 64  # side of the stored grid of positions, in latents
 
@@ -37,7 +49,9 @@ class Reading(nn.Module):
         self.denoiser, self.cut, self.cells = denoiser, cut, cells
         self.reader = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS) + PARTS**2)
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: UNetConditioning | MMDiTConditioning) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, t: Tensor, conditioning: UNetConditioning | MMDiTConditioning
+    ) -> tuple[Tensor, Tensor]:
         """-> the denoiser's prediction and logits [B, cells^2, shapes + colours + parts of a cell]."""
         crossing, local = self.denoiser.entry(x, t, conditioning, self.cut)
         middle = self.denoiser.inner(crossing, t, conditioning, self.cut)
@@ -65,8 +79,12 @@ def reading_error(read: Tensor, scenes: Tensor, covered: Tensor, weights: tuple[
     read: logits [B, side^2, shapes + colours + parts]; scenes: labels [B, 2, side^2] (`cells`); covered: in [0, 1], [B, 64, 64];
     weights: of both comparisons, see READING.
     """
-    shapes, colours, parts = (part.flatten(0, 1) for part in read.float().split([1 + len(SHAPES), len(COLOURS), PARTS**2], dim=2))
-    standing = F.cross_entropy(shapes, scenes[:, 0].flatten()) + F.cross_entropy(colours, scenes[:, 1].flatten())
+    shapes, colours, parts = (
+        part.flatten(0, 1) for part in read.float().split([1 + len(SHAPES), len(COLOURS), PARTS**2], dim=2)
+    )
+    standing = F.cross_entropy(shapes, scenes[:, 0].flatten()) + F.cross_entropy(
+        colours, scenes[:, 1].flatten()
+    )
     shares = F.adaptive_avg_pool2d(covered, PARTS * math.isqrt(read.shape[1]))
     shares = rearrange(shares, "b (y down) (x across) -> (b y x) (down across)", down=PARTS, across=PARTS)
     return weights[0] * standing + weights[1] * F.binary_cross_entropy_with_logits(parts, shares)
@@ -97,8 +115,14 @@ class SDXLDemo(nn.Module):
         return UNetConditioning(text=text, vector=vector)
 
     def loss(
-        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, covered: Tensor, empty: LongTensor,
-        generator: torch.Generator
+        self,
+        predict: Callable,
+        latents: Tensor,
+        ids: LongTensor,
+        scenes: LongTensor,
+        covered: Tensor,
+        empty: LongTensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """Squared error of the noise with min-SNR weights, gamma 5 (Hang et al. 2023); 10% without caption.
 
@@ -118,7 +142,9 @@ class SDXLDemo(nn.Module):
         return (error * weight).mean() + reading_error(read, scenes, covered, READING["sdxl"])
 
     @torch.no_grad()
-    def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    def sample(
+        self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float
+    ) -> Tensor:
         """DDIM, leading spacing with offset 1, both branches in one batch: [B, 4, h, w]."""
         count = len(noise)
         keep = torch.cat([torch.zeros(count), torch.ones(count)]).to(noise.device)
@@ -126,8 +152,9 @@ class SDXLDemo(nn.Module):
         x, stride = noise, 1000 // steps
         for t in range((steps - 1) * stride + 1, 0, -stride):
             a, a_next = self.signal[t], self.signal[max(t - stride, 0)]
-            without, with_text = self.denoiser(x.repeat(2, 1, 1, 1), torch.full((2 * count,), float(t)).to(x),
-                                               conditioning).chunk(2)
+            without, with_text = self.denoiser(
+                x.repeat(2, 1, 1, 1), torch.full((2 * count,), float(t)).to(x), conditioning
+            ).chunk(2)
             eps = without + guidance * (with_text - without)
             image = (x - (1 - a).sqrt() * eps) / a.sqrt()
             x = a_next.sqrt() * image + (1 - a_next).sqrt() * eps
@@ -147,7 +174,9 @@ class SD3Demo(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.denoiser = MMDiT(MMDiTConfig(**MMDIT, patch=patch, positions=GRID // patch))
-        self.reading = Reading(self.denoiser, (0, MMDIT["depth"] // 2), MMDIT["width"], cells=SIDE // 8 // patch)
+        self.reading = Reading(
+            self.denoiser, (0, MMDIT["depth"] // 2), MMDIT["width"], cells=SIDE // 8 // patch
+        )
         initialise_mmdit(self.denoiser)
 
     def refined(self) -> "SD3Demo":
@@ -160,7 +189,9 @@ class SD3Demo(nn.Module):
         del state["denoiser.pos_embed"], state["reading.denoiser.pos_embed"]
         for prefix in ("denoiser.", "reading.denoiser."):
             reads, writes = f"{prefix}x_embedder.proj.weight", f"{prefix}final_layer.linear."
-            state[reads] = state[reads].sum(dim=(2, 3), keepdim=True)  # [width, 16, 2, 2] -> [width, 16, 1, 1]
+            state[reads] = state[reads].sum(
+                dim=(2, 3), keepdim=True
+            )  # [width, 16, 2, 2] -> [width, 16, 1, 1]
             for name in (writes + "weight", writes + "bias"):
                 state[name] = state[name].unflatten(0, (4, 16)).mean(dim=0)  # [2 * 2 * 16, ...] -> [16, ...]
         fine.load_state_dict(state, strict=False)
@@ -174,8 +205,14 @@ class SD3Demo(nn.Module):
         return MMDiTConditioning(text=text, pooled=torch.cat([pooled_l, pooled_g], dim=1))
 
     def loss(
-        self, predict: Callable, latents: Tensor, ids: LongTensor, scenes: LongTensor, covered: Tensor, empty: LongTensor,
-        generator: torch.Generator
+        self,
+        predict: Callable,
+        latents: Tensor,
+        ids: LongTensor,
+        scenes: LongTensor,
+        covered: Tensor,
+        empty: LongTensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """Squared error of the velocity; the logits of the times are normal with mean 1.1 and deviation 1.2.
 
@@ -190,10 +227,14 @@ class SD3Demo(nn.Module):
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = (1 - s)[:, None, None, None] * latents + s[:, None, None, None] * noise
         predicted, read = predict(noisy, 1000 * s, self.condition(ids, keep_t5))
-        return (predicted.float() - (noise - latents)).square().mean() + reading_error(read, scenes, covered, READING["sd3"])
+        return (predicted.float() - (noise - latents)).square().mean() + reading_error(
+            read, scenes, covered, READING["sd3"]
+        )
 
     @torch.no_grad()
-    def sample(self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    def sample(
+        self, ids: LongTensor, empty: LongTensor, noise: Tensor, steps: int, guidance: float
+    ) -> Tensor:
         """Euler along the flow with shift 3, both branches in one batch: [B, 16, h, w]."""
         count = len(noise)
         both = torch.cat([empty.expand_as(ids), ids])
@@ -202,8 +243,9 @@ class SD3Demo(nn.Module):
         sigmas = (3 * t / (1 + 2 * t)).tolist()
         x = noise
         for s, s_next in zip(sigmas, sigmas[1:]):
-            without, with_text = self.denoiser(x.repeat(2, 1, 1, 1), torch.full((2 * count,), 1000 * s).to(x),
-                                               conditioning).chunk(2)
+            without, with_text = self.denoiser(
+                x.repeat(2, 1, 1, 1), torch.full((2 * count,), 1000 * s).to(x), conditioning
+            ).chunk(2)
             x = x + (s_next - s) * (without + guidance * (with_text - without))
         return x
 
@@ -221,8 +263,12 @@ def initialise_mmdit(model: MMDiT) -> None:
     nn.init.xavier_uniform_(model.x_embedder.proj.weight.view(len(model.x_embedder.proj.weight), -1))
     nn.init.zeros_(model.x_embedder.proj.bias)
     patch, side, width = model.config.patch, model.config.positions, MMDIT["width"]
-    places = (torch.arange(side) + 0.5) * patch / 2 - (GRID + 2) / 4  # in steps of two latents, 0 near the middle
-    angles = places[:, None] * 100.0 ** (-torch.arange(width // 4) / (width // 4))  # short periods: few patches
+    places = (torch.arange(side) + 0.5) * patch / 2 - (
+        GRID + 2
+    ) / 4  # in steps of two latents, 0 near the middle
+    angles = places[:, None] * 100.0 ** (
+        -torch.arange(width // 4) / (width // 4)
+    )  # short periods: few patches
     axis = torch.cat([angles.cos(), angles.sin()], dim=1)  # [side, width / 2]
     rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
     model.pos_embed.data.copy_(torch.cat([rows, columns], dim=2).reshape(1, side * side, width))

@@ -18,7 +18,10 @@ TO_OPENCLIP = (  # transformers naming -> OpenCLIP naming, for what is more than
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
     ("text_model.final_layer_norm.", "ln_final."),
     ("text_model.encoder.layers.", "transformer.resblocks."),
-    (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
     (".self_attn.out_proj.", ".attn.out_proj."),
 )
 
@@ -29,7 +32,9 @@ def openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if name == "text_projection.weight":
             renamed["text_projection"] = tensor.T
-        elif match := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
+        elif match := re.fullmatch(
+            r"text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name
+        ):
             parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
             renamed[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
         elif not re.search(r"\.[kv]_proj\.", name):
@@ -41,7 +46,10 @@ def openclip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def single_file(family: str, model: nn.Module, autoencoder: nn.Module) -> dict[str, Tensor]:
     """Every tensor under its official single-file name."""
-    parts = {"model.diffusion_model.": model.denoiser.state_dict(), "first_stage_model.": autoencoder.state_dict()}
+    parts = {
+        "model.diffusion_model.": model.denoiser.state_dict(),
+        "first_stage_model.": autoencoder.state_dict(),
+    }
     if family == "sdxl":
         parts["conditioner.embedders.0.transformer."] = model.encoders.clip_l.state_dict()
         parts["conditioner.embedders.1.model."] = openclip(model.encoders.clip_g.state_dict())
@@ -49,7 +57,9 @@ def single_file(family: str, model: nn.Module, autoencoder: nn.Module) -> dict[s
         parts["text_encoders.clip_l.transformer."] = model.encoders.clip_l.state_dict()
         parts["text_encoders.clip_g.transformer."] = model.encoders.clip_g.state_dict()
         t5 = model.encoders.t5.state_dict()
-        parts["text_encoders.t5xxl.transformer."] = t5 | {"encoder.embed_tokens.weight": t5["shared.weight"].clone()}
+        parts["text_encoders.t5xxl.transformer."] = t5 | {
+            "encoder.embed_tokens.weight": t5["shared.weight"].clone()
+        }
     return {prefix + name: tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
 
 
@@ -69,9 +79,13 @@ def config(family: str, vae_groups: int, scaling: float, shift: float) -> dict:
     }
 
 
-def export(family: str, model: nn.Module, autoencoder: nn.Module, scaling: float, shift: float, folder: Path) -> Path:
+def export(
+    family: str, model: nn.Module, autoencoder: nn.Module, scaling: float, shift: float, folder: Path
+) -> Path:
     """Writes demo-<family>.safetensors (fp16) into the folder and returns its path."""
-    tensors = {name: tensor.detach().half() for name, tensor in single_file(family, model, autoencoder).items()}
+    tensors = {
+        name: tensor.detach().half() for name, tensor in single_file(family, model, autoencoder).items()
+    }
     known = config(family, autoencoder.config.groups, scaling, shift)
     path = folder / f"demo-{family}.safetensors"
     write_safetensors(tensors, path, {"hybridiff.config": json.dumps(known), "license": "Apache-2.0"})

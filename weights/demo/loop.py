@@ -58,7 +58,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def digest(*files: Path) -> str:
     """Of the files' contents, 16 hexadecimal digits."""
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[
+        :16
+    ]
 
 
 @cache
@@ -83,7 +85,12 @@ def record(path: Path) -> dict[str, object]:
     with safe_open(path, framework="pt") as file:
         told = file.metadata()
     made = json.loads(told["made with"])
-    return {"steps": int(told["step"]), "minutes": round(float(told["seconds"]) / 60, 1), **made, "loss": json.loads(told["curve"])}
+    return {
+        "steps": int(told["step"]),
+        "minutes": round(float(told["seconds"]) / 60, 1),
+        **made,
+        "loss": json.loads(told["curve"]),
+    }
 
 
 def hidden_matrix(name: str, weight: Tensor) -> bool:
@@ -98,20 +105,37 @@ class Run:
     source, plan or model ends the program with a sentence.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, state_file: Path, source: str = "", compiled: bool = False):
+    def __init__(
+        self, model: nn.Module, plan: Plan, state_file: Path, source: str = "", compiled: bool = False
+    ):
         self.model, self.plan, self.state_file = model, plan, state_file
-        self.kind = {"source": source} | {name: value for name, value in asdict(plan).items() if name not in ("report_every", "save_seconds")}
+        self.kind = {"source": source} | {
+            name: value
+            for name, value in asdict(plan).items()
+            if name not in ("report_every", "save_seconds")
+        }
         self.device = next(model.parameters()).device
-        self.made_with = {"torch": torch.__version__, "device": self.device.type, "threads": torch.get_num_threads(), "compiled": compiled}
+        self.made_with = {
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "compiled": compiled,
+        }
         self.made_with["bf16"] = plan.bf16 and bf16_pays(self.device)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.average = {name: weight.detach().clone() for name, weight in self.trained.items()}
-        self.of_muon = {name for name, weight in self.trained.items() if plan.muon and hidden_matrix(name, weight)}
+        self.of_muon = {
+            name for name, weight in self.trained.items() if plan.muon and hidden_matrix(name, weight)
+        }
         others = [weight for name, weight in self.trained.items() if name not in self.of_muon]
-        self.optimizers = [torch.optim.AdamW(others, lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+        self.optimizers = [
+            torch.optim.AdamW(others, lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        ]
         if self.of_muon:
             matrices = [self.trained[name] for name in self.of_muon]
-            self.optimizers.append(torch.optim.Muon(matrices, lr=plan.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+            self.optimizers.append(
+                torch.optim.Muon(matrices, lr=plan.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            )
         self.step, self.seconds, self.loss = 0, 0.0, math.nan  # loss: mean since the last report
         self.curve: list[list[float]] = []  # [step, loss] at every report
         if state_file.exists():
@@ -119,7 +143,11 @@ class Run:
 
     def _moments(self, name: str) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
         """The optimizer of a weight and the names of what it remembers of it."""
-        return (self.optimizers[1], ("momentum_buffer",)) if name in self.of_muon else (self.optimizers[0], ("exp_avg", "exp_avg_sq"))
+        return (
+            (self.optimizers[1], ("momentum_buffer",))
+            if name in self.of_muon
+            else (self.optimizers[0], ("exp_avg", "exp_avg_sq"))
+        )
 
     def half_precision(self) -> AbstractContextManager:
         """bf16 matrix products where the plan has them and they pay; in a resumed run where they did at first."""
@@ -129,11 +157,21 @@ class Run:
         tensors, metadata = read_safetensors(self.state_file)
         there, asked = json.loads(metadata.get("kind", "{}")), self.kind
         if differs := [name for name in asked if there.get(name) != asked[name]]:
-            told = ", ".join(f"{name} {there.get(name, 'unknown')} instead of {asked[name]}" for name in differs)
-            raise SystemExit(f"{self.state_file} is the state of another run ({told}): give another --out, or delete it.")
+            told = ", ".join(
+                f"{name} {there.get(name, 'unknown')} instead of {asked[name]}" for name in differs
+            )
+            raise SystemExit(
+                f"{self.state_file} is the state of another run ({told}): give another --out, or delete it."
+            )
         shapes = {name: weight.shape for name, weight in self.trained.items()}
-        if shapes != {name.removeprefix("model."): tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:
-            raise SystemExit(f"{self.state_file} is the state of another network: give another --out, or delete it.")
+        if shapes != {
+            name.removeprefix("model."): tensor.shape
+            for name, tensor in tensors.items()
+            if name.startswith("model.")
+        }:
+            raise SystemExit(
+                f"{self.state_file} is the state of another network: give another --out, or delete it."
+            )
         self.made_with["bf16"] = json.loads(metadata["made with"])["bf16"]
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
         self.loss, self.curve = float(metadata["loss"]), json.loads(metadata["curve"])
@@ -143,7 +181,9 @@ class Run:
                 self.average[name].copy_(tensors[f"average.{name}"])
                 optimizer, keys = self._moments(name)
                 moments = {key: tensors[f"{key}.{name}"].to(weight.device) for key in keys}
-                optimizer.state[weight] = moments | {"step": torch.tensor(float(self.step), device=weight.device)}  # which Muon does not ask for
+                optimizer.state[weight] = moments | {
+                    "step": torch.tensor(float(self.step), device=weight.device)
+                }  # which Muon does not ask for
         print(f"resumed {self.state_file.name} at step {self.step}", flush=True)
 
     def save(self) -> None:
@@ -151,9 +191,19 @@ class Run:
         tensors = {}
         for name, weight in self.trained.items():
             optimizer, keys = self._moments(name)
-            tensors |= {f"model.{name}": weight.detach(), f"average.{name}": self.average[name],
-                        **{f"{key}.{name}": optimizer.state[weight][key] for key in keys}}
-        told = {"step": self.step, "seconds": self.seconds, "loss": self.loss, "curve": self.curve, "kind": self.kind, "made with": self.made_with}
+            tensors |= {
+                f"model.{name}": weight.detach(),
+                f"average.{name}": self.average[name],
+                **{f"{key}.{name}": optimizer.state[weight][key] for key in keys},
+            }
+        told = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss": self.loss,
+            "curve": self.curve,
+            "kind": self.kind,
+            "made with": self.made_with,
+        }
         write_safetensors(tensors, self.state_file, {key: json.dumps(value) for key, value in told.items()})
 
     def use_average(self) -> None:
@@ -162,8 +212,12 @@ class Run:
             for name, weight in self.trained.items():
                 weight.copy_(self.average[name])
 
-    def fit(self, loss_of: Callable[[torch.Generator, int], Tensor], show: Callable[[], None] | None = None,
-            show_every: int = 500) -> None:
+    def fit(
+        self,
+        loss_of: Callable[[torch.Generator, int], Tensor],
+        show: Callable[[], None] | None = None,
+        show_every: int = 500,
+    ) -> None:
         """Trains to the end of the plan; `loss_of(generator, step)` draws the batch, `show` runs on the average. States are saved after a report, and
         after `show`, so that a resumed run reports and shows what one without a kill does."""
         started, saved, reported = (time.monotonic(),) * 3
@@ -188,12 +242,17 @@ class Run:
             if self.step % self.plan.report_every == 0 or done:
                 self.loss = torch.stack(losses).mean().item()
                 if not math.isfinite(self.loss):
-                    raise SystemExit(f"{self.state_file.stem}: the loss is {self.loss} at step {self.step}; the state before it is kept.")
+                    raise SystemExit(
+                        f"{self.state_file.stem}: the loss is {self.loss} at step {self.step}; the state before it is kept."
+                    )
                 self.curve.append([self.step, round(self.loss, 5)])
                 speed = len(losses) / (now - reported)
                 left = (self.plan.steps - self.step) / speed / 60
-                print(f"{self.state_file.stem} step {self.step}/{self.plan.steps} loss {self.loss:.5f} "
-                      f"{speed:.2f} steps/s, {left:.0f} min left", flush=True)
+                print(
+                    f"{self.state_file.stem} step {self.step}/{self.plan.steps} loss {self.loss:.5f} "
+                    f"{speed:.2f} steps/s, {left:.0f} min left",
+                    flush=True,
+                )
                 if show and (self.step % show_every == 0 or done):
                     kept = {name: weight.detach().clone() for name, weight in self.trained.items()}
                     self.use_average()

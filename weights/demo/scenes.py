@@ -11,17 +11,37 @@ from dataclasses import dataclass
 import torch
 
 COLOURS = {  # name: RGB 0..255
-    "red": (214, 32, 38), "orange": (255, 140, 0), "yellow": (250, 222, 40), "green": (30, 148, 58),
-    "cyan": (64, 214, 222), "blue": (30, 64, 205), "purple": (128, 40, 160), "pink": (255, 158, 200),
-    "white": (248, 248, 248), "black": (16, 16, 16),
+    "red": (214, 32, 38),
+    "orange": (255, 140, 0),
+    "yellow": (250, 222, 40),
+    "green": (30, 148, 58),
+    "cyan": (64, 214, 222),
+    "blue": (30, 64, 205),
+    "purple": (128, 40, 160),
+    "pink": (255, 158, 200),
+    "white": (248, 248, 248),
+    "black": (16, 16, 16),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": (0.110, 0.125), "large": (0.185, 0.205)}  # range of the radius
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first object is
+RELATIONS = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}  # where the first object is
 SYNONYMS = {
-    "large": ("big",), "small": ("little",), "circle": ("disk",), "ring": ("hoop",), "purple": ("violet",),
-    "cyan": ("turquoise",), "left of": ("to the left of",), "right of": ("to the right of",), "above": ("over",),
-    "below": ("under", "beneath"), "background": ("backdrop",),
+    "large": ("big",),
+    "small": ("little",),
+    "circle": ("disk",),
+    "ring": ("hoop",),
+    "purple": ("violet",),
+    "cyan": ("turquoise",),
+    "left of": ("to the left of",),
+    "right of": ("to the right of",),
+    "above": ("over",),
+    "below": ("under", "beneath"),
+    "background": ("backdrop",),
 }
 REACH = 1.2  # the farthest point of any shape, in radii
 
@@ -139,7 +159,9 @@ def hint(scene: Scene, rng: random.Random) -> str:
     ground = f"{_say(scene.background, rng)} {_say('background', rng)}"
     size, colour, shape = (_say(name, rng) for name in (item.size, item.colour, item.shape))
     noun = rng.choice([f"{size} {colour} {shape}", f"{colour} {shape}", shape, colour])
-    return rng.choice([noun, _article(noun), ground, _article(ground), f"{_article(noun)} on {_article(ground)}"])
+    return rng.choice(
+        [noun, _article(noun), ground, _article(ground), f"{_article(noun)} on {_article(ground)}"]
+    )
 
 
 def sample(split: str, index: int) -> tuple[Scene, str]:

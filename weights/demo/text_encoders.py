@@ -27,9 +27,13 @@ T5_SIZES = {"width": 256, "layers": 3, "heads": 4, "head_width": 64, "mlp_width"
 PLAN = Plan(steps=3000, batch=64, rate=1.5e-3, report_every=100, ema=0.998)
 NOTHING = "nothing"
 ANSWERS = {  # question: possible answers; the first object is the one on the left or on top
-    "background": (*COLOURS,), "arrangement": ("single", "row", "column"),
-    **{f"{place} {what}": (NOTHING, *names) for place in ("first", "second")
-       for what, names in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES))},
+    "background": (*COLOURS,),
+    "arrangement": ("single", "row", "column"),
+    **{
+        f"{place} {what}": (NOTHING, *names)
+        for place in ("first", "second")
+        for what, names in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES))
+    },
 }
 
 
@@ -39,7 +43,9 @@ class TextEncoders(nn.Module):
     def __init__(self, vocabulary: int, t5_vocabulary: int):
         super().__init__()
         self.clip_l = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="quick_gelu", **CLIP_SIZES))
-        self.clip_g = CLIPText(CLIPConfig(vocabulary=vocabulary, activation="gelu", projection=128, **CLIP_SIZES))
+        self.clip_g = CLIPText(
+            CLIPConfig(vocabulary=vocabulary, activation="gelu", projection=128, **CLIP_SIZES)
+        )
         self.t5 = T5Encoder(T5Config(vocabulary=t5_vocabulary, **T5_SIZES))
         for encoder in (self.clip_l, self.clip_g, self.t5):
             initialise(encoder)
@@ -94,12 +100,17 @@ class Lesson(nn.Module):
     def forward(self, ids: LongTensor) -> list[list[Tensor]]:
         """ids [B, 3, LENGTH] -> logits per source and question."""
         sequences, pooled = self.encoders(ids)
-        return [reader(states) for reader, states in zip(self.readers, [*sequences, *(p[:, None] for p in pooled)])]
+        return [
+            reader(states)
+            for reader, states in zip(self.readers, [*sequences, *(p[:, None] for p in pooled)])
+        ]
 
 
 def truth(scene: Scene) -> list[int]:
     """The right answer to every question, as a number."""
-    objects = sorted(scene.objects, key=lambda item: item.x if RELATIONS.get(scene.relation, (0, 0))[0] else item.y)
+    objects = sorted(
+        scene.objects, key=lambda item: item.x if RELATIONS.get(scene.relation, (0, 0))[0] else item.y
+    )
     arrangement = "single" if scene.relation is None else "row" if RELATIONS[scene.relation][0] else "column"
     facts = {"background": scene.background, "arrangement": arrangement}
     for place, item in zip(("first", "second"), [*objects, None][:2]):
@@ -136,15 +147,23 @@ def accuracy(lesson: Lesson, folder: Path, count: int = 512) -> dict[str, list[f
     right = torch.tensor([truth(scene) for scene, _ in drawn]).T  # [questions, N]
     device = next(lesson.parameters()).device
     logits = lesson(tokens([text for _, text in drawn], folder).to(device))
-    return {question: [(of_source[number].argmax(1).cpu() == right[number]).float().mean().item() for of_source in logits]
-            for number, question in enumerate(ANSWERS)}
+    return {
+        question: [
+            (of_source[number].argmax(1).cpu() == right[number]).float().mean().item() for of_source in logits
+        ]
+        for number, question in enumerate(ANSWERS)
+    }
 
 
-def train_text_encoders(encoders: TextEncoders, folder: Path, out: Path, device: torch.device, compiled: bool) -> None:
+def train_text_encoders(
+    encoders: TextEncoders, folder: Path, out: Path, device: torch.device, compiled: bool
+) -> None:
     """Trains (or resumes, or just loads) the encoders in place and freezes them; `folder` holds the tokenizers."""
     torch.manual_seed(0)
     lesson = Lesson(encoders).to(device)
-    run = Run(lesson, PLAN, out / "text-encoders.safetensors", digest(*(folder / name for name in FILES)), compiled)
+    run = Run(
+        lesson, PLAN, out / "text-encoders.safetensors", digest(*(folder / name for name in FILES)), compiled
+    )
     answer = torch.compile(lesson) if compiled else lesson
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
@@ -153,8 +172,15 @@ def train_text_encoders(encoders: TextEncoders, folder: Path, out: Path, device:
         ids = tokens([said("train", number) for number in numbers], folder).to(device)
         with run.half_precision():
             logits = answer(ids)
-        return sum(F.cross_entropy(of_question.float(), right[:, number])
-                   for of_source in logits for number, of_question in enumerate(of_source)) / len(logits) / len(ANSWERS)
+        return (
+            sum(
+                F.cross_entropy(of_question.float(), right[:, number])
+                for of_source in logits
+                for number, of_question in enumerate(of_source)
+            )
+            / len(logits)
+            / len(ANSWERS)
+        )
 
     def show() -> None:
         for question, shares in accuracy(lesson, folder).items():

@@ -78,7 +78,9 @@ def write_clip(lines: list[str], folder: Path) -> None:
     """Writes vocab.json and merges.txt."""
     words = Counter(word for line in lines for word in re.findall(r"[a-z]+|,", line))
     merges = byte_pair_merges(words, least=40)
-    tokens = byte_symbols() + [symbol + "</w>" for symbol in byte_symbols()] + ["".join(pair) for pair in merges]
+    tokens = (
+        byte_symbols() + [symbol + "</w>" for symbol in byte_symbols()] + ["".join(pair) for pair in merges]
+    )
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = json.dumps({token: index for index, token in enumerate(tokens)})
     write_whole(folder / "vocab.json", lambda temporary: temporary.write_text(vocabulary))
@@ -95,9 +97,20 @@ def write_t5(lines: list[str], folder: Path) -> None:
     lines = lines + [f"{word} {word}s" for word in sorted(words)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=800, hard_vocab_limit=False, model_type="unigram",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, shuffle_input_sentence=False, minloglevel=2,
-        normalization_rule_name="nmt_nfkc_cf", required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,!?'-",
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=800,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        shuffle_input_sentence=False,
+        minloglevel=2,
+        normalization_rule_name="nmt_nfkc_cf",
+        required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,!?'-",
     )
     write_whole(folder / "spiece.model", lambda temporary: temporary.write_bytes(model.getvalue()))
 

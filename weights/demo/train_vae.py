@@ -16,8 +16,13 @@ from weights.demo.scenes import render, sample
 
 SIDE = 128
 CROP = 64  # most steps see a quarter of the picture, the last 15% all of it
-PLAN = Plan(steps=6000, batch=8, rate=1.5e-3, warmup=200, ema=0.998, bf16=False)  # bf16 begins slowly from some first weights
-PLANS = {"sdxl": replace(PLAN, steps=9000), "sd3": PLAN}  # 6,000 steps came to 33.5 dB once with 4 channels, and to 34.6 with 16
+PLAN = Plan(
+    steps=6000, batch=8, rate=1.5e-3, warmup=200, ema=0.998, bf16=False
+)  # bf16 begins slowly from some first weights
+PLANS = {
+    "sdxl": replace(PLAN, steps=9000),
+    "sd3": PLAN,
+}  # 6,000 steps came to 33.5 dB once with 4 channels, and to 34.6 with 16
 
 
 class Weights(NamedTuple):
@@ -28,12 +33,16 @@ class Weights(NamedTuple):
     halved: bool = False
 
 
-WEIGHTS = {"sdxl": Weights(3e-4), "sd3": Weights(5e-3, 0.05, halved=True)}  # 16 channels have room for fast changes, 4 have not
+WEIGHTS = {
+    "sdxl": Weights(3e-4),
+    "sd3": Weights(5e-3, 0.05, halved=True),
+}  # 16 channels have room for fast changes, 4 have not
 LATENTS = 24576  # scenes whose latents are kept
 CONFIGS = {
     "sdxl": AutoencoderConfig(channels=16, multipliers=(1, 2, 4, 4), blocks=1, latent_channels=4, groups=8),
-    "sd3": AutoencoderConfig(channels=16, multipliers=(1, 2, 4, 4), blocks=1, latent_channels=16, quant_convs=False,
-                             groups=8),
+    "sd3": AutoencoderConfig(
+        channels=16, multipliers=(1, 2, 4, 4), blocks=1, latent_channels=16, quant_convs=False, groups=8
+    ),
 }
 
 
@@ -51,7 +60,9 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
-def autoencoder_loss(model: Autoencoder, images: Tensor, noise: Tensor, weights: Weights, halved: bool) -> Tensor:
+def autoencoder_loss(
+    model: Autoencoder, images: Tensor, noise: Tensor, weights: Weights, halved: bool
+) -> Tensor:
     """L1 + L2 + L1 of the edges + the weighted KL and fast changes; images [B, 3, H, W].
 
     With `halved` the latents and the pictures are halved in size before they are compared, so that what stands where goes into the
@@ -83,8 +94,10 @@ def psnr(model: Autoencoder, count: int = 64) -> float:
     """PSNR in dB over unseen scenes, from the mean squared error of all of them."""
     images = torch.stack([render(sample("test", index)[0], SIDE) for index in range(count)])
     device = next(model.parameters()).device
-    errors = [F.mse_loss(model.decode(model.encode(part.to(device))[0]).clamp(-1, 1), part.to(device)).item()
-              for part in images.split(8)]
+    errors = [
+        F.mse_loss(model.decode(model.encode(part.to(device))[0]).clamp(-1, 1), part.to(device)).item()
+        for part in images.split(8)
+    ]
     return 10 * math.log10(4 / (sum(errors) / len(errors)))
 
 
@@ -96,7 +109,9 @@ def save_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
     Image.fromarray(((grid.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()).save(path)
 
 
-def train_autoencoder(family: str, out: Path, device: torch.device, steps: int | None) -> tuple[Autoencoder, float]:
+def train_autoencoder(
+    family: str, out: Path, device: torch.device, steps: int | None
+) -> tuple[Autoencoder, float]:
     """Trains (or resumes, or just loads) the family's autoencoder: (model with averaged weights, PSNR)."""
     torch.manual_seed(0)
     model = Autoencoder(CONFIGS[family])
@@ -109,9 +124,17 @@ def train_autoencoder(family: str, out: Path, device: torch.device, steps: int |
         whole = step >= 0.85 * plan.steps
         images = picture_batch(generator, plan.batch // 2 if whole else plan.batch, SIDE if whole else CROP)
         latent_side = images.shape[-1] // 8
-        noise = torch.randn(len(images), model.config.latent_channels, latent_side, latent_side, generator=generator)
+        noise = torch.randn(
+            len(images), model.config.latent_channels, latent_side, latent_side, generator=generator
+        )
         with run.half_precision():
-            return autoencoder_loss(model, images.to(device), noise.to(device), WEIGHTS[family], WEIGHTS[family].halved and step % 2 == 1)
+            return autoencoder_loss(
+                model,
+                images.to(device),
+                noise.to(device),
+                WEIGHTS[family],
+                WEIGHTS[family].halved and step % 2 == 1,
+            )
 
     def show() -> None:
         images = torch.stack([render(sample("test", index)[0], SIDE) for index in range(8)])
@@ -132,7 +155,9 @@ def covered(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_cache(family: str, model: Autoencoder, out: Path, source: str) -> tuple[dict[str, Tensor], float, float]:
+def latent_cache(
+    family: str, model: Autoencoder, out: Path, source: str
+) -> tuple[dict[str, Tensor], float, float]:
     """Of the first training scenes "latents", fp16 [N, C, 16, 16], normalised, and "covered", uint8 [N, 64, 64]; the scaling and the shift.
 
     `source`: what the autoencoder comes from; a file of another one is made anew.
@@ -143,7 +168,9 @@ def latent_cache(family: str, model: Autoencoder, out: Path, source: str) -> tup
         device = next(model.parameters()).device
         encoded, counts = [], []
         for start in range(0, LATENTS, 32):
-            images = torch.stack([render(sample("train", index)[0], SIDE) for index in range(start, start + 32)])
+            images = torch.stack(
+                [render(sample("train", index)[0], SIDE) for index in range(start, start + 32)]
+            )
             encoded.append(model.encode(images.to(device))[0].cpu())
             counts.append(covered(images))
             if start % 4096 == 0:
