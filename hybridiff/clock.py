@@ -6,7 +6,7 @@ from typing import NamedTuple, Sequence
 
 import torch
 
-from hybridiff.schedule import Operation, Receive, Run, Send
+from hybridiff.schedule import Attend, Operation, Project, Receive, Run, Send
 
 
 class Bar(NamedTuple):
@@ -22,7 +22,7 @@ class Bar(NamedTuple):
 
 def kind(operation: Operation) -> str:
     """What an operation's time counts as."""
-    return {Run: "run", Send: "send", Receive: "wait"}.get(type(operation), "other")
+    return {Run: "run", Project: "run", Attend: "run", Send: "send", Receive: "wait"}.get(type(operation), "other")
 
 
 class Clock:

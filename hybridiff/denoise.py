@@ -1,8 +1,9 @@
 """The denoising loop: performs a schedule, either one rank's list or, in one process, every rank's in turn."""
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,17 +14,21 @@ from hybridiff.samplers import Last, Sampler
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
+    Attend,
+    Computation,
     Extrapolate,
     Guide,
     Join,
     Measure,
+    Name,
     Operation,
+    Project,
     Receive,
     Run,
     Send,
     Step,
-    Value,
-    ahead,
+    extrapolated,
+    features,
     interleave,
     keys,
     prediction,
@@ -31,160 +36,134 @@ from hybridiff.schedule import (
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.switching import Stage, average_fall
 from hybridiff.transport import Shapes, Transport
+from models.tape import Shard
 
 
 @dataclass(frozen=True)
 class Task:
     """One picture: all that is fixed before its first step and the same on every rank."""
 
-    denoiser: torch.nn.Module  # models.UNet or models.MMDiT
-    cuts: tuple[Any, ...]  # where the denoiser is cut, as its class has it; see `Strategy.cuts`
+    denoiser: torch.nn.Module  # a `models.tape.Denoiser`
     sampler: Sampler
     conditioning: dict[
         str, Any
-    ]  # "cond", "uncond", as far as this process needs them -> UNetConditioning or MMDiTConditioning, batch 1
+    ]  # "cond", "uncond", if this process needs them -> the network's conditioning, batch 1
     guidance: float
     noise: Tensor  # (1, C, h, w), unit normal, fp32
 
-    def batch(self, text: str) -> Any:
-        """The conditioning of one text, or of "both" in one batch (uncond first)."""
-        if text != "both":
-            return self.conditioning[text]
+    def batch(self, branch: str) -> Any:
+        """The conditioning of one branch, or of "both" in one batch (uncond first)."""
+        if branch != "both":
+            return self.conditioning[branch]
         pairs = zip(self.conditioning["uncond"], self.conditioning["cond"])
         return type(self.conditioning["cond"])(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
 
-    def message(self, value: Value) -> Shapes:
-        """Shapes and dtypes of the tensors that make up a value on its way."""
-        if value == DISCREPANCY:
+    def message(self, name: Name) -> Shapes:
+        """Shapes and dtypes of the tensors of a result when it is sent."""
+        if name == DISCREPANCY:
             return [(torch.Size(()), torch.float32)]
         net, latents = self.denoiser, self.noise.shape
-        dtype = next(net.parameters()).dtype
-        tokens = next(
-            (told.text.shape[1] for told in self.conditioning.values()), 0
-        )  # a rank that runs nothing has no text
-        if value.of:
-            of_keys, of_prediction = net.sizes(latents, tokens, value.at, value.of, value.block)
-            shapes = [shape for shape in of_keys if shape] if value.what == "keys" else [of_prediction]
-        elif value.what == "prediction":
-            shapes = [latents]
+        # a rank that runs nothing has no text
+        tokens = next((conditioning.text.shape[1] for conditioning in self.conditioning.values()), 0)
+        if name.what == "keys":
+            shapes = net.key_shapes(name.at, latents, tokens, name.shard)
         else:
-            shapes = net.crossing(latents, tokens, self.cuts[value.at])[value.what == "inner"]
+            at = net.units if name.what == "prediction" else name.at
+            shapes = net.shapes(at, latents, tokens, name.shard)
+        dtype = next(net.parameters()).dtype
         return [(shape, dtype) for shape in shapes]
 
-    def unpack(self, value: Value, tensors: Sequence[Tensor]) -> Any:
-        """A value from its message's tensors."""
-        if value.what in ("entry", "inner"):
-            return self.denoiser.Boundary(*tensors)
-        return self.denoiser.Keys(*tensors) if value.what == "keys" else tensors[0]
+    def size(self, name: Name) -> int:
+        """Bytes of a result when it is sent."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.message(name))
 
-    def size(self, value: Value) -> int:
-        """Bytes of a value on its way."""
-        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.message(value))
+
+def tensors_of(result: Tensor | Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The tensors that a result consists of."""
+    return (result,) if isinstance(result, Tensor) else tuple(t for t in result if t is not None)
 
 
 class Worker:
-    """One rank's side of a picture: its latents, and its store of named values."""
+    """One rank's side of a picture: its latents, and its store of named results."""
 
     def __init__(self, rank: int, task: Task, transport: Transport):
         self.rank, self.task, self.transport = rank, task, transport
         self.latents = task.sampler.start(task.noise)
         self.last: Last = None
-        self.store: dict[Value, Any] = {}
-        self.older: dict[
-            Value, Any
-        ] = {}  # the result before the one in the store, of what may be extrapolated
+        self.store: dict[Name, Any] = {}
+        self.older: dict[Name, Any] = {}  # of what may be extrapolated, the value before the one in the store
         self.oldest: Tensor | None = None  # the guided prediction before that
+        self.kept: dict[str, dict[int, Tensor]] = {}  # branch -> what its units left for later units
 
-    def keep(self, value: Value, result: Any) -> None:
+    def keep(self, name: Name, result: Any) -> None:
         """Put a result into the store."""
-        if value in self.store and value.what in ("prediction", "inner", "guided"):
-            if value == GUIDED:
-                self.oldest = self.older.get(value)
-            self.older[value] = self.store[value]
-        self.store[value] = result
+        if name in self.store and name.what in ("prediction", "features", "guided") and not name.shard:
+            if name == GUIDED:
+                self.oldest = self.older.get(name)
+            self.older[name] = self.store[name]
+        self.store[name] = result
 
-    def extrapolate(self, value: Value, made: tuple[int, ...], i: int) -> Any:
-        """The value at step i on the line through its last two results; see `schedule.Extrapolate`. Computed in fp32."""
-        last, old = self.store[value], self.older[value]
-        *before, a, b = made
+    def extrapolate(self, name: Name, steps: tuple[int, ...], i: int) -> Any:
+        """A result at step i on the line through its last two values; see `schedule.Extrapolate`. Computed in fp32."""
+        last, old = self.store[name], self.older[name]
+        *before, a, b = steps
         if before:
             missed = old + (b - a) / (a - before[0]) * (old - self.oldest) - last
             if missed.norm() > (last - old).norm():
                 return last
         ratio = (i - b) / (b - a)
-        if isinstance(last, Tensor):
-            return (last.float() + ratio * (last.float() - old.float())).to(last.dtype)
-        return type(last)(
-            *((b.float() + ratio * (b.float() - a.float())).to(b.dtype) for a, b in zip(old, last))
-        )
+        pairs = zip(tensors_of(old), tensors_of(last))
+        line = tuple((y.float() + ratio * (y.float() - x.float())).to(y.dtype) for x, y in pairs)
+        return line[0] if isinstance(last, Tensor) else line
 
-    def run(self, operation: Run, i: int) -> None:
-        """Run a part of the network at step i and keep what it leaves; see `schedule.Run`."""
-        task, net, text = self.task, self.task.denoiser, operation.text
-        conditioning = task.batch(text)
-        t = task.sampler.timesteps[i - operation.late, None].to(task.noise.device)
-        given, cuts, at, of = self.store.get(operation.source), task.cuts, operation.at, operation.of
-        kept = Value(
-            "skips", text, at=0 if operation.part == "exit" else at
-        )  # what stays here between two parts
-        if operation.part in ("whole", "entry", "begin"):
-            x = task.sampler.network_input(self.latents, i).to(conditioning.text.dtype)
-        if operation.part == "whole" and text == "both":
-            both = net(x.repeat(2, 1, 1, 1), t.repeat(2), conditioning)
-            for name, half in zip(("uncond", "cond"), both.chunk(2)):
-                self.keep(prediction(name), half)
-            return
-        match operation.part:
-            case "whole":
-                made = net(x, t, conditioning)
-            case "entry":
-                made, self.store[kept] = net.entry(x, t, conditioning, cuts[0])
-            case "down":
-                made, self.store[kept] = net.down(given, t, conditioning, cuts[at - 1], cuts[at])
-            case "inner":
-                made = net.inner(given, t, conditioning, cuts[at])
-            case "up":
-                made = net.up(given, self.store[kept], t, conditioning, cuts[at - 1], cuts[at])
-            case "exit":
-                made = net.exit(given, self.store[kept], t, conditioning, cuts[at])
-            case "begin":
-                made = net.begin(x, t, conditioning, at, of)
-            case "keys":
-                self.store[kept], made = net.keys(self.store[Value("slice", text)], operation.block)
-            case "attend":
-                every = [self.store.pop(keys(text, other, of, operation.block)) for other in range(1, of + 1)]
-                made = net.attend(
-                    self.store[Value("slice", text)], operation.block, self.store.pop(kept), every
-                )
-            case "end":
-                made = net.end(self.store.pop(Value("slice", text)))
-        self.keep(operation.leaves, made)
+    def compute(self, operation: Computation, i: int) -> None:
+        """Run a part of the network at step i and keep its output; see `schedule.Run`, `Project`, `Attend`."""
+        task, net, branch = self.task, self.task.denoiser, operation.branch
+        conditioning, size = task.batch(branch), task.noise.shape[2:]
+        late = operation.late if isinstance(operation, Run) else 0
+        t = task.sampler.timesteps[i - late, None].to(task.noise.device)
+
+        def latents() -> Tensor:
+            return task.sampler.network_input(self.latents, i).to(conditioning.text.dtype)
+
+        match operation:
+            case Run(span, "both"):
+                x = latents().repeat(2, 1, 1, 1)
+                both = net.run(span, x, {}, t.repeat(2), conditioning, size)
+                for name, half in zip(("uncond", "cond"), both.chunk(2)):
+                    self.keep(prediction(name), half)
+                return
+            case Run(span, _, _, source):
+                x, kept = self.store[source] if source else latents(), self.kept.setdefault(branch, {})
+                result = net.run(span, x, kept, t, conditioning, size)
+            case Project(_, unit, shard):
+                x = self.store.pop(features(branch, unit, shard)) if unit else latents()
+                self.store[Name("state", branch)], result = net.project(unit, x, t, conditioning, size, shard)
+            case Attend(_, unit, shard):
+                shards = [Shard(index, shard.count) for index in range(shard.count)]
+                gathered = [self.store.pop(keys(branch, unit, each)) for each in shards]
+                result = net.attend(unit, self.store.pop(Name("state", branch)), gathered, size)
+        self.keep(operation.output, result)
 
     def perform(self, operation: Operation, i: int) -> None:
         """Perform one operation of step i."""
         match operation:
-            case Run():
-                self.run(operation, i)
-            case Send(value, to):
-                content = self.store[value]
-                tensors = (
-                    (content,)
-                    if isinstance(content, Tensor)
-                    else tuple(tensor for tensor in content if tensor is not None)
-                )
-                self.transport.send(value, tensors, self.rank, to)
-            case Receive(value, source):
-                tensors = self.transport.receive(value, self.task.message(value), source, self.rank)
-                self.keep(value, self.task.unpack(value, tensors))
-            case Join(text, of):
-                slices = [self.store.pop(prediction(text, at, of)) for at in range(1, of + 1)]
-                self.keep(prediction(text), torch.cat(slices, dim=2))  # one below the other
+            case Run() | Project() | Attend():
+                self.compute(operation, i)
+            case Send(name, to):
+                self.transport.send(name, tensors_of(self.store[name]), self.rank, to)
+            case Receive(name, source):
+                tensors = self.transport.receive(name, self.task.message(name), source, self.rank)
+                self.keep(name, tensors[0] if len(tensors) == 1 else tensors)
+            case Join(branch, count):
+                rows = [self.store.pop(prediction(branch, Shard(index, count))) for index in range(count)]
+                self.keep(prediction(branch), torch.cat(rows, dim=2))  # one below the other
             case Measure():
                 self.store[DISCREPANCY] = discrepancy(
                     self.store[prediction("cond")], self.store[prediction("uncond")]
                 )
-            case Extrapolate(value, made):
-                self.store[ahead(value)] = self.extrapolate(value, made, i)
+            case Extrapolate(name, steps):
+                self.store[extrapolated(name)] = self.extrapolate(name, steps, i)
             case Guide(cond, uncond):
                 self.keep(
                     GUIDED, guide(self.store[cond].float(), self.store[uncond].float(), self.task.guidance)

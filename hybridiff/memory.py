@@ -19,7 +19,6 @@ import torch
 
 from hybridiff.errors import UsageError
 from hybridiff.tiles import LARGE
-from models.unet import UNetConfig
 from weights.files import FLOATS
 from weights.load import Checkpoint
 
@@ -171,12 +170,10 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
                 f"text encoder {part} in {str(dtype).removeprefix('torch.')}",
                 *needed(weights, on_gpu=on_gpu, of=of),
             )
-    config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
+    vae = checkpoint.config("vae")
     height, width = request.height // vae.factor, request.width // vae.factor
-    if isinstance(config, UNetConfig):
-        features = height * width * config.channels
-    else:
-        features = (height // config.patch) * (width // config.patch) * config.width
+    latents = torch.Size((1, vae.latent_channels, height, width))
+    features = checkpoint.part("denoiser").module.shapes(1, latents, 0)[0].numel()
     weights = weight_bytes(checkpoint, "denoiser", request.dtype, not cuda)
     yield (
         f"the denoiser in {precision} at {request.width} x {request.height}",
@@ -240,11 +237,11 @@ def refuse_too_large(
         ranks = min(ranks, team)
     sharing = -(-ranks // max(1, torch.cuda.device_count())) if cuda else 1
     if (
-        isinstance(checkpoint.config("denoiser"), UNetConfig)
+        not checkpoint.part("denoiser").module.shardable
         and request.strategy != "one-branch"
         and not request.balance
     ):
-        ranks = max(1, ranks * min(team, 2) // team)  # a U-Net's spare ranks hold little or nothing
+        ranks = max(1, ranks * min(team, 2) // team)  # spare ranks hold little or nothing
         sharing = min(sharing, ranks)
     host = free_host()
     if host is None:

@@ -16,7 +16,7 @@ from hybridiff.pipeline import GUIDANCE, SIDE, Request, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.report import check_writable, free_name
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
-from hybridiff.strategies import strategies
+from hybridiff.strategies import STRATEGIES
 from hybridiff.transport import Transport, nccl_problem, place
 from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
@@ -286,7 +286,7 @@ def make_request(
         raise UsageError(
             f"--negative-prompt does nothing where guidance {guidance:g} is none: leave it out, or give more --guidance."
         )
-    if guidance <= 1 and strategy in strategies(family):
+    if guidance <= 1 and strategy in STRATEGIES:
         strategy = "one-branch"
     usual = usual_reuse(args.steps, PRESETS[args.preset].share or PRESETS["balanced"].share, args.full_first)
     room = len(usual.choices(args.steps))

@@ -12,7 +12,7 @@ from torch import Tensor
 from hybridiff.charts import discrepancy_chart, runs_of, slope_chart, timeline_chart
 from hybridiff.pipeline import Request, Result
 from hybridiff.report import in_use, write_whole
-from hybridiff.switching import Switch, find_switch
+from hybridiff.switching import MIDDLE, Switch, find_switch
 from hybridiff.timeline import detail
 
 STYLE = """
@@ -36,7 +36,7 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; margin: .5rem
 th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600 } td { overflow-wrap: anywhere } .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .chart { display: block; overflow: visible; margin: .6rem 0 } .chart text { font-size: 11px; fill: var(--soft); }
-.warm-up { fill: var(--warm); background: var(--warm) } .parallelism { fill: var(--pipe); background: var(--pipe) }
+.warm-up { fill: var(--warm); background: var(--warm) } .parallelism, .skipping { fill: var(--pipe); background: var(--pipe) }
 .fully-connecting { fill: var(--full); background: var(--full) }
 .grid { stroke: var(--line) } .curve { stroke: var(--run); stroke-width: 2 } .dot { fill: var(--run) } .dot.off { fill: var(--other) }
 .rule { stroke: var(--rule); stroke-width: 2; stroke-dasharray: 5 3 } .mark { fill: none; stroke: var(--rule); stroke-width: 2 }
@@ -46,7 +46,7 @@ th { font-weight: 600 } td { overflow-wrap: anywhere } .number { text-align: rig
   border-radius: 2px; margin-right: .35em; vertical-align: -.08em }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself refuses anything from outside
-MIDDLE_WORDS = {  # of the stage "parallelism", by strategy
+MIDDLE_WORDS = {  # of the middle stage, by strategy
     "paper": "From here the two predictions are treated as one. The network itself is cut into as many parts as there are ranks, and each rank evaluates "
     "only its own, on what other ranks made one step earlier. There is one prediction and no guidance: cheaper, and no longer exact.",
     "step-extrapolation": "Some steps, evenly spread, are not computed: their guided prediction is taken from the line through the last two computed ones. "
@@ -58,8 +58,8 @@ MIDDLE_WORDS = {  # of the stage "parallelism", by strategy
 }
 BYTES_WORDS = {
     "prediction": "predictions of the whole network",
-    "entry": "features on their way into the inner part",
-    "inner": "features that left the inner part",
+    "features": "features between two parts of the network",
+    "keys": "keys and values of a rank's tokens",
     "discrepancy": "the measured discrepancy, one number a step",
 }
 
@@ -233,7 +233,7 @@ def timeline_section(report: dict, result: Result) -> str:
         )
     )
     pieces.append(timeline_chart(result.bars, ranks, stages))
-    middle = [step for step, stage in enumerate(stages) if stage == "parallelism"]
+    middle = [step for step, stage in enumerate(stages) if stage in MIDDLE]
     if middle:
         first, last = (min(max(step, 0), len(stages) - 1) for step in detail(middle))
         pieces.append(f'<p class="soft">The same, only {span(first, last)}:</p>')

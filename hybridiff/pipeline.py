@@ -13,9 +13,9 @@ from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.errors import SharedError, UsageError, require_finite
 from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
-from hybridiff.schedule import Run
-from hybridiff.segments import balanced, weights_needed
-from hybridiff.strategies import Reuse, Settings, Strategy, strategies
+from hybridiff.schedule import Computation
+from hybridiff.partition import weights_needed
+from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
 from hybridiff.text import encode
 from hybridiff.tiles import LARGE, decode_tiled
@@ -89,23 +89,24 @@ def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
 
 def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) -> tuple[Strategy, Sampler]:
     """The strategy and the sampler of a request for `world` ranks; UsageError in whatever cannot be done. Reads no tensors."""
-    known = strategies(checkpoint.family)
-    if request.strategy not in known:
-        raise UsageError(f"--strategy {request.strategy} is unknown: choose one of {', '.join(known)}.")
-    strategy = known[request.strategy]
+    if request.strategy not in STRATEGIES:
+        raise UsageError(f"--strategy {request.strategy} is unknown: choose one of {', '.join(STRATEGIES)}.")
+    strategy = STRATEGIES[request.strategy]
     if request.strategy == "one-branch" and request.guidance > 1:
         raise UsageError(
             f"--strategy one-branch leaves guidance out: give --guidance 1 with it, not {request.guidance:g}."
         )
-    config = checkpoint.config("denoiser")
-    counts = strategy.counts(config)
+    config, denoiser = checkpoint.config("denoiser"), checkpoint.part("denoiser").module
+    counts = strategy.counts(denoiser)
     if world in counts:
-        strategy = strategy.on(world, config)
+        strategy = strategy.on(denoiser, world)
     elif world not in (None, 1) and request.strategy != "one-branch":
         possible = f"1 process{f' or {in_words(counts)} ranks' if counts != [1] else ''}{' with this network' if strategy.many else ''}"
         raise UsageError(
             f"--strategy {request.strategy} runs on {possible}, not on {world}: set --nproc_per_node so."
         )
+    else:
+        strategy = strategy.on(denoiser)
     if request.balance and request.strategy == "one-branch":
         raise UsageError(
             f"--balance has nothing to balance where guidance {request.guidance:g} is none: leave it out, or give more --guidance."
@@ -137,7 +138,7 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
     if not math.isfinite(request.guidance):
         raise UsageError(f"--guidance {request.guidance} is not a finite number: give one, such as 5.")
     check_size(checkpoint, request.height, request.width)
-    if strategy.ranks > 2 and config.shared_blocks:
+    if strategy.ranks > 2 and denoiser.shardable:
         rows = request.height // (config.multiple * checkpoint.config("vae").factor)
         if rows < strategy.ranks // 2:
             raise UsageError(
@@ -173,10 +174,8 @@ def meta_task(checkpoint: Checkpoint, request: Request, world: int = 1) -> Task:
         told = kind(*(torch.empty(shape, dtype=request.dtype) for shape in shapes))
         noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
     denoiser = checkpoint.part("denoiser").module.to(request.dtype)
-    strategy, sampler = plan_request(checkpoint, request, world)
-    return Task(
-        denoiser, strategy.cuts(denoiser), sampler, {"cond": told, "uncond": told}, request.guidance, noise
-    )
+    sampler = plan_request(checkpoint, request, world)[1]
+    return Task(denoiser, sampler, {"cond": told, "uncond": told}, request.guidance, noise)
 
 
 @torch.inference_mode()
@@ -224,16 +223,16 @@ def decoded_together(request: Request, ranks: int) -> bool:
     return ranks > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
 
 
-def runs_here(strategy: Strategy, settings: Settings, transport: Transport) -> list[Run]:
+def runs_here(strategy: Strategy, settings: Settings, transport: Transport) -> list[Computation]:
     """All parts of the network that the ranks of this process may ever run."""
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank % strategy.ranks]
     return [run for rank in here for run in runs_of(strategy, settings, rank)]
 
 
-def texts_of(runs: Sequence[Run]) -> list[str]:
-    """The texts ("cond", "uncond") of these runs: each rank encodes only its own."""
-    run_under = {run.text for run in runs}
-    return [text for text in ("cond", "uncond") if text in run_under or "both" in run_under]
+def branches_of(runs: Sequence[Computation]) -> list[str]:
+    """The branches ("cond", "uncond") of these runs: each rank encodes only its own text."""
+    found = {run.branch for run in runs}
+    return [branch for branch in ("cond", "uncond") if branch in found or "both" in found]
 
 
 def agree(transport: Transport, problem: str | None) -> None:
@@ -268,15 +267,12 @@ def generate(
     size = (request.height, request.width)
     settings = Settings(request.steps, request.rule, request.reuse)
     runs, problem = runs_here(strategy, settings, transport), None
-    texts = texts_of(runs) or (
-        ["cond"] if request.balance else []
-    )  # a rank that will run nothing is timed under a text too
+    # --balance times a rank that will run nothing too
+    branches = branches_of(runs) or (["cond"] if request.balance else [])
 
-    def names_held(cuts: tuple) -> tuple[str, ...] | None:
-        """How the names of the denoiser's parameters begin that this process has any use for; None for all."""
-        return (
-            None if transport.world == 1 else weights_needed(checkpoint.part("denoiser").module, cuts, runs)
-        )
+    def names_held(runs: Sequence[Computation]) -> tuple[str, ...] | None:
+        """How the names of the denoiser's parameters begin that this process needs; None for all."""
+        return None if transport.world == 1 else weights_needed(checkpoint.part("denoiser").module, runs)
 
     try:
         conditioning = encode(
@@ -287,11 +283,10 @@ def generate(
             device,
             request.dtype,
             request.t5,
-            texts,
+            branches,
         )
         now, transport.doing = clock("text", now), "load"
-        cuts = strategy.cuts(checkpoint.part("denoiser").module)
-        held = None if request.balance else names_held(cuts)
+        held = None if request.balance else names_held(runs)
         denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
         now = clock("load", now)
     except (UsageError, WeightsError) as error:
@@ -301,23 +296,23 @@ def generate(
 
     vae, times = checkpoint.config("vae"), None
     noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
-    task = Task(denoiser, cuts, sampler, conditioning, request.guidance, noise)
+    task = Task(denoiser, sampler, conditioning, request.guidance, noise)
     if request.balance:
         times = transport.gather(unit_times(task))
-        cuts = transport.gather(balanced(denoiser, times))[0]  # rank 0's, so that the ranks cannot disagree
-        held = names_held(cuts)
+        strategy = strategy.on(denoiser, strategy.ranks, times)  # all ranks have the same times
+        held = names_held(runs_here(strategy, settings, transport))
         if held is not None:
             denoiser, task = (
                 None,
                 replace(task, denoiser=None),
             )  # the whole network goes before a part of it comes
             denoiser = checkpoint.load("denoiser", request.dtype, device, names=held)
-        task = replace(task, denoiser=denoiser, cuts=cuts)
+        task = replace(task, denoiser=denoiser)
         clock("balance", now)
     weights = sum(p.numel() * p.element_size() for p in denoiser.state_dict().values() if not p.is_meta)
     told = transport.gather(weights)
     use = {
-        "cuts": list(cuts),
+        "cuts": list(strategy.partition.spans),
         "seconds_of_units": times,
         "weights": told,
         "idle": idle_ranks(strategy, settings),

@@ -16,7 +16,7 @@ from hybridiff.clock import totals
 from hybridiff.ending import shown
 from hybridiff.errors import UsageError
 from hybridiff.pipeline import Request, Result, decoded_together
-from hybridiff.switching import find_switch
+from hybridiff.switching import MIDDLE, find_switch
 from hybridiff.tiles import LARGE
 
 
@@ -40,7 +40,8 @@ def exactness(request: Request, result: Result, ranks: int) -> dict:
     rounds = (
         request.strategy == "batched" or "keys" in result.bytes_sent
     )  # kernels round by the number of rows
-    steps = 0 if rounds else stages.index("parallelism") if "parallelism" in stages else len(stages)
+    first = next((step for step, stage in enumerate(stages) if stage in MIDDLE), len(stages))
+    steps = 0 if rounds else first
     size = request.height * request.width
     if request.tiles and size > LARGE:
         decoder = "in tiles"

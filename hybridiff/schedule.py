@@ -2,149 +2,165 @@
 
 A strategy turns (step, what has been measured so far) into a `StepPlan`: for every rank a list of operations. The same
 lists are performed by the ranks, performed by one process that plays all ranks in turn, printed, checked, and added up to
-bytes. Values are kept under names in each rank's own store, so that the age of what an operation reads can be seen: an
+bytes. Results are kept under names in each rank's own store, so the lists show how old the input of each operation is: an
 operation that comes before the `Receive` of a step reads what the step before left there.
 """
 
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from hybridiff.switching import Stage
+from models.tape import Shard, Span
 
 
-class Value(NamedTuple):
-    """The name of a result: what it is, and the text ("cond" or "uncond") under which it was computed.
+class Name(NamedTuple):
+    """What a result is called in a rank's store: what it is, and the branch ("cond" or "uncond") it was computed for."""
 
-    Where the network is cut several times, `at` is the number of the cut that features cross, from 0. Where the tokens are
-    divided into `of` slices, `at` is the slice that keys or a prediction belong to, from 1; `of` = 0 means all tokens.
-    """
-
-    # "entry", "inner": features that cross a cut inwards, outwards; "keys" of a block; "prediction"; "discrepancy"; "guided"; never sent:
-    # "skips", what a rank keeps between two parts; "slice", its tokens between two blocks
+    # "prediction"; "features" that cross a position of the tape; "keys" of a unit; "discrepancy"; "guided"; and, never sent,
+    # "state": what a rank keeps between the two halves of a unit
     what: str
-    text: str = ""
-    ahead: bool = False  # extrapolated to the present step, not computed in it
-    at: int = 0
-    of: int = 0
-    block: int = 0
+    branch: str = ""
+    extrapolated: bool = False  # to the present step, not computed in it
+    at: int = 0  # features: the position; keys: the unit
+    shard: Shard | None = None  # whose keys, features or rows of a prediction; None: all
 
     def __str__(self) -> str:
-        name = f"{self.what}{'' if self.of else self.at or ''}.{self.text}".rstrip(".")
-        name += f" of block {self.block}" if self.what == "keys" else ""
-        return name + (" ahead" if self.ahead else "") + (f" {self.at}/{self.of}" if self.of else "")
+        name = f"{self.what}.{self.branch}".rstrip(".")
+        where = {"features": f" at {self.at}", "keys": f" of unit {self.at}"}.get(self.what, "")
+        return name + where + (f" {self.shard}" if self.shard else "") + " extrapolated" * self.extrapolated
 
 
-DISCREPANCY, GUIDED = Value("discrepancy"), Value("guided")
+DISCREPANCY, GUIDED = Name("discrepancy"), Name("guided")
 
 
-def entry(text: str, at: int = 0) -> Value:
-    """Features that crossed a cut inwards: from the entry to the inner part."""
-    return Value("entry", text, at=at)
+def features(branch: str, at: int, shard: Shard | None = None) -> Name:
+    """What crosses a position of the tape."""
+    return Name("features", branch, at=at, shard=shard)
 
 
-def inner(text: str, at: int = 0) -> Value:
-    """Features that crossed a cut outwards: from the inner part to the exit."""
-    return Value("inner", text, at=at)
+def keys(branch: str, unit: int, shard: Shard) -> Name:
+    """Keys and values of a shard of the tokens in one unit."""
+    return Name("keys", branch, at=unit, shard=shard)
 
 
-def keys(text: str, at: int, of: int, block: int) -> Value:
-    """Keys and values of one slice of the tokens in one block."""
-    return Value("keys", text, at=at, of=of, block=block)
+def prediction(branch: str, shard: Shard | None = None) -> Name:
+    """What the network predicts for a branch, noise or velocity: all of it or a shard's rows."""
+    return Name("prediction", branch, shard=shard)
 
 
-def prediction(text: str, at: int = 0, of: int = 0) -> Value:
-    """What the network predicts under a text, noise or velocity: all of it or one slice's rows."""
-    return Value("prediction", text, at=at, of=of)
-
-
-def ahead(value: Value) -> Value:
+def extrapolated(name: Name) -> Name:
     """The same result, extrapolated from older ones."""
-    return value._replace(ahead=True)
+    return name._replace(extrapolated=True)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Run a part of the network under a text.
+    """Run a span of the network for a branch, on the latents or on `source`; leaves `output`.
 
-    "whole" leaves prediction(text), with text "both" the predictions of both texts from one batch; "entry" leaves entry(text)
-    and keeps the skips; "inner" reads `source` and leaves inner(text); "exit" reads `source` and the skips of the last
-    entry under this text, and leaves prediction(text). The network is told the time of the step that lies `late` steps back.
-
-    With several cuts, these leave and read the features of cut `at`, and a ring lies between the cuts at - 1 and at: "down" reads
-    `source` and leaves entry(text, at), "up" reads `source` and the ring's skips and leaves inner(text, at - 1).
-
-    On slice `at` of `of` of the tokens: "begin" embeds it; "keys" leaves keys(text, at, of, block); "attend" reads the keys of all slices;
-    "end" leaves prediction(text, at, of).
+    Branch "both" runs both branches in one batch and leaves prediction("uncond") and prediction("cond"). The network is given the
+    time of the step that lies `late` steps back.
     """
 
-    part: str
-    text: str
-    source: Value | None = None
+    span: Span
+    branch: str
+    output: Name
+    source: Name | None = None
     late: int = 0
-    at: int = 0
-    of: int = 0
-    block: int = 0
 
     @property
-    def unit(self) -> str:
-        """What is run, whatever the text: "whole", "entry", "down1", "keys 1/2 of block 3"."""
-        if not self.of:
-            return f"{self.part}{self.at or ''}"
-        block = f" of block {self.block}" if self.part in ("keys", "attend") else ""
-        return f"{self.part} {self.at}/{self.of}{block}"
+    def work(self) -> object:
+        """What is computed, whatever the branch."""
+        return self.span
 
     @property
-    def leaves(self) -> Value:
-        """What it leaves in the store ("whole" under "both": prediction("both") stands for the predictions of both texts)."""
-        if self.part == "up":
-            return inner(self.text, self.at - 1)
-        if self.part in ("inner", "keys"):
-            return Value(self.part, self.text, at=self.at, of=self.of, block=self.block)
-        if self.part in ("entry", "down"):
-            return entry(self.text, self.at)
-        return (
-            Value("slice", self.text)
-            if self.part in ("begin", "attend")
-            else prediction(self.text, self.at if self.of else 0, self.of)
-        )
+    def label(self) -> str:
+        """The span in words: "whole network", "units 0-6"."""
+        start, stop = self.span
+        if self.source is None and self.output.what == "prediction":
+            return "whole network"
+        return f"units {start}-{stop - 1}" if stop - start > 1 else f"unit {start}"
 
     def __str__(self) -> str:
         when = f" of {self.late} step{'s' * (self.late > 1)} ago" if self.late else ""
-        return f"run {self.unit}({self.text})" + (f" on {self.source}{when}" if self.source else "")
+        return f"run {self.label} ({self.branch})" + (f" on {self.source}{when}" if self.source else "")
+
+
+@dataclass(frozen=True)
+class Project:
+    """The first half of a unit on a shard of the tokens: leaves the shard's keys and values, and keeps its queries.
+
+    Reads the latents for unit 0, else the shard's features.
+    """
+
+    branch: str
+    unit: int
+    shard: Shard
+
+    @property
+    def work(self) -> object:
+        """What is computed, whatever the branch."""
+        return "project", self.unit, self.shard
+
+    @property
+    def output(self) -> Name:
+        """What it leaves."""
+        return keys(self.branch, self.unit, self.shard)
+
+    def __str__(self) -> str:
+        return f"project unit {self.unit} ({self.branch}) {self.shard}"
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The second half of a unit on a shard: reads the keys and values of all shards, leaves features or rows of the prediction."""
+
+    branch: str
+    unit: int
+    shard: Shard
+    output: Name
+
+    @property
+    def work(self) -> object:
+        """What is computed, whatever the branch."""
+        return "attend", self.unit, self.shard
+
+    def __str__(self) -> str:
+        return f"attend in unit {self.unit} ({self.branch}) {self.shard}"
 
 
 @dataclass(frozen=True)
 class Send:
-    """Hand a value to another rank without waiting for it."""
+    """Hand a result to another rank without waiting for it."""
 
-    value: Value
+    name: Name
     to: int
 
     def __str__(self) -> str:
-        return f"send {self.value} -> rank {self.to}"
+        return f"send {self.name} -> rank {self.to}"
 
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait for a value from another rank; it is the newest of that name then (older ones stay for `Extrapolate`)."""
+    """Wait for a result from another rank; it is the newest of that name then (older ones stay for `Extrapolate`)."""
 
-    value: Value
+    name: Name
     source: int
 
     def __str__(self) -> str:
-        return f"receive {self.value} <- rank {self.source}"
+        return f"receive {self.name} <- rank {self.source}"
 
 
 @dataclass(frozen=True)
 class Join:
-    """Put the slices of a prediction together; leaves prediction(text)."""
+    """Put the shards of a prediction together; leaves prediction(branch)."""
 
-    text: str
-    of: int
+    branch: str
+    shards: int
 
     def __str__(self) -> str:
-        return f"join {prediction(self.text)} of {self.of} slices"
+        return f"join {prediction(self.branch)} of {self.shards} shards"
 
 
 @dataclass(frozen=True)
@@ -157,26 +173,26 @@ class Measure:
 
 @dataclass(frozen=True)
 class Extrapolate:
-    """Continue a value along the line through its last two results to this step; leaves ahead(value).
+    """Continue a result along the line through its last two values to this step; leaves extrapolated(name).
 
-    `made` says which steps' latents the results belong to, the oldest first: with results v1, v2 of steps a, b and this step i,
+    `steps` says which steps' latents the results belong to, the oldest first: with values v1, v2 of steps a, b and this step i,
     v2 + (i - b) / (b - a) * (v2 - v1). With a third in front the line is tried first: where the one through v0 and v1 would have missed v2 by
-    more than |v2 - v1| (Euclidean norms), the last result is taken as it is.
+    more than |v2 - v1| (Euclidean norms), the last value is taken as it is.
     """
 
-    value: Value
-    made: tuple[int, ...]
+    name: Name
+    steps: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"extrapolate {self.value} from steps {', '.join(map(str, self.made))}"
+        return f"extrapolate {self.name} from steps {', '.join(map(str, self.steps))}"
 
 
 @dataclass(frozen=True)
 class Guide:
     """Combine the predictions of the two branches by classifier-free guidance; leaves `GUIDED`."""
 
-    cond: Value = prediction("cond")
-    uncond: Value = prediction("uncond")
+    cond: Name = prediction("cond")
+    uncond: Name = prediction("uncond")
 
     def __str__(self) -> str:
         return "guide" if self == Guide() else f"guide {self.uncond} -> {self.cond}"
@@ -184,15 +200,16 @@ class Guide:
 
 @dataclass(frozen=True)
 class Step:
-    """Let the sampler step along a value."""
+    """Let the sampler step along a prediction."""
 
-    along: Value
+    along: Name
 
     def __str__(self) -> str:
         return f"step along {self.along}"
 
 
-Operation = Run | Send | Receive | Join | Measure | Extrapolate | Guide | Step
+Computation = Run | Project | Attend
+Operation = Computation | Send | Receive | Join | Measure | Extrapolate | Guide | Step
 
 
 @dataclass(frozen=True)
@@ -202,10 +219,15 @@ class StepPlan:
     stage: Stage
     operations: tuple[tuple[Operation, ...], ...]
 
-    def runs(self, rank: int | None = None) -> list[Run]:
+    def runs(self, rank: int | None = None) -> list[Computation]:
         """What a rank, or any rank, runs of the network."""
         lists = self.operations if rank is None else [self.operations[rank]]
-        return [operation for operations in lists for operation in operations if isinstance(operation, Run)]
+        return [
+            operation
+            for operations in lists
+            for operation in operations
+            if isinstance(operation, Computation)
+        ]
 
 
 class ScheduleError(Exception):
@@ -234,7 +256,7 @@ def interleave(
 
 def check(plan: StepPlan) -> None:
     """Raise ScheduleError unless each send meets its receive in order, nobody waits for ever and every rank steps once."""
-    mail: dict[tuple[int, int], deque[Value]] = {}  # (sender, receiver) -> values under way
+    mail: dict[tuple[int, int], deque[Name]] = {}  # (sender, receiver) -> results in flight
 
     def arrived(receive: Receive, rank: int) -> bool:
         return bool(mail.get((receive.source, rank)))
@@ -243,12 +265,12 @@ def check(plan: StepPlan) -> None:
         if isinstance(operation, Send):
             if not 0 <= operation.to < len(plan.operations) or operation.to == rank:
                 raise ScheduleError(f"rank {rank}: '{operation}' goes to no other rank")
-            mail.setdefault((rank, operation.to), deque()).append(operation.value)
+            mail.setdefault((rank, operation.to), deque()).append(operation.name)
         elif isinstance(operation, Receive):
-            value = mail[operation.source, rank].popleft()
-            if value != operation.value:
-                raise ScheduleError(f"rank {rank}: '{operation}' meets {value}")
-    left = [f"{value} from rank {a} to rank {b}" for (a, b), values in mail.items() for value in values]
+            name = mail[operation.source, rank].popleft()
+            if name != operation.name:
+                raise ScheduleError(f"rank {rank}: '{operation}' meets {name}")
+    left = [f"{name} from rank {a} to rank {b}" for (a, b), names in mail.items() for name in names]
     if left:
         raise ScheduleError(f"sent but never received: {', '.join(left)}")
     for rank, operations in enumerate(plan.operations):
@@ -256,11 +278,11 @@ def check(plan: StepPlan) -> None:
             raise ScheduleError(f"rank {rank} does not step exactly once")
 
 
-def bytes_sent(plan: StepPlan, size: Callable[[Value], int]) -> Counter[str]:
-    """Bytes of a step's messages by kind ("prediction", "entry", ...), given the bytes of a value."""
+def bytes_sent(plan: StepPlan, size: Callable[[Name], int]) -> Counter[str]:
+    """Bytes of a step's messages by kind ("prediction", "features", ...), given the bytes of a result."""
     total: Counter[str] = Counter()
     for operations in plan.operations:
         for operation in operations:
             if isinstance(operation, Send):
-                total[operation.value.what] += size(operation.value)
+                total[operation.name.what] += size(operation.name)
     return total

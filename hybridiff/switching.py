@@ -4,12 +4,13 @@ Steps count from 0, the noisiest. The exact bookkeeping is that of the released 
 two ways of switching: by slope the first pipelined step is tau1 + 1, by the cap it is tau1; the last one is tau2 in both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Sequence
+from typing import Literal
 
-Stage = Literal[
-    "warm-up", "parallelism", "fully-connecting"
-]  # in strategies of ours labels only: "parallelism" from the first saved step to the last
+# the middle stage is called "parallelism" in the paper, and "skipping" in our strategies
+Stage = Literal["warm-up", "parallelism", "skipping", "fully-connecting"]
+MIDDLE: tuple[Stage, ...] = ("parallelism", "skipping")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Mapping, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,99 +12,75 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridiff.clock import Bar
 from hybridiff.denoise import Task, Worker
 from hybridiff.schedule import (
+    Attend,
+    Computation,
     Extrapolate,
+    Name,
     Operation,
+    Project,
     Receive,
     Run,
     Send,
     StepPlan,
-    Value,
     bytes_sent,
-    entry,
-    inner,
     interleave,
     keys,
 )
-from hybridiff.segments import in_segments
 from hybridiff.strategies import Settings, Strategy
+from hybridiff.switching import MIDDLE
 from hybridiff.transport import Mailbox
+from models.tape import Shard
 
 ZOOM = 6  # steps of the middle stage that are drawn in detail, with those around them
 
-Costs = dict[str, float]  # unit of a Run -> cost of one run under one text, in units of the whole network
-
-
-def part_costs(task: Task, plans: Sequence[StepPlan] = ()) -> Costs:
-    """Share of the floating-point operations that falls to each part, counted on the meta device (nothing is computed).
-
-    Of "whole", "entry", "inner" and "exit" at the only cut, and of whatever else is run in `plans`. The denoiser is on the meta device.
-    """
-    meta, told = torch.device("meta"), next(iter(task.conditioning.values()))
-    told = type(told)(*(None if tensor is None else tensor.to(meta) for tensor in told))
-    task = replace(task, noise=task.noise.to(meta), conditioning={"cond": told, "uncond": told})
-    parts = [
-        Run("whole", "cond"),
-        Run("entry", "cond"),
-        Run("inner", "cond", entry("cond")),
-        Run("exit", "cond", inner("cond")),
-    ]
-    parts += [run for plan in plans for run in plan.runs() if run.text != "both"]
-    counted: dict[object, int] = {}  # kind of part -> operations
-    costs: Costs = {}
-    for unit, run in {run.unit: run for run in parts}.items():
-        kind = (run.part, run.at, run.of, task.denoiser.kind(run.block)) if run.of else unit
-        counted[kind] = counted.get(kind) or count(task, run)
-        costs[unit] = counted[kind] / counted["whole"]
-    return costs
+Costs = dict[object, float]  # `work` of a computation -> cost for one branch, in evaluations of the whole network
 
 
 @torch.inference_mode()
-def count(task: Task, run: Run) -> int:
-    """Floating-point operations of one part on the meta device; what it needs is there before."""
-    worker, text = Worker(0, task, Mailbox()), run.text
+def part_costs(task: Task, strategy: Strategy, plans: Sequence[StepPlan] = ()) -> Costs:
+    """Share of the network's floating-point operations in each of the strategy's spans, and in the shards that the plans run.
 
-    def arrive(value: Value) -> None:
-        worker.keep(
-            value,
-            task.unpack(
-                value,
-                [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in task.message(value)],
-            ),
-        )
-
-    before = {
-        "exit": [Run("entry", text)],
-        "up": [Run("down", text, entry(text, run.at - 1), at=run.at)],
-    }.get(run.part, [])
-    if run.part in ("keys", "attend", "end"):
-        before = [replace(run, part=part) for part in ("begin", "keys") if part != run.part]
-    for operation in (*before, run):
-        for other in range(1, run.of + 1) if run.part == "attend" else ():
-            arrive(keys(text, other, run.of, run.block))
-        if operation.source:
-            arrive(operation.source)
+    Counted on the meta device, where the denoiser must be: nothing is computed.
+    """
+    meta, conditioning = torch.device("meta"), next(iter(task.conditioning.values()))
+    conditioning = type(conditioning)(*(None if t is None else t.to(meta) for t in conditioning))
+    task = replace(task, noise=task.noise.to(meta), conditioning={"cond": conditioning, "uncond": conditioning})
+    whole, spans = strategy.partition.whole("cond"), strategy.partition.spans
+    parts: list[Computation] = [whole, *(strategy.partition.run(span, "cond") for span in spans)]
+    shards = [run for plan in plans for run in plan.runs() if not isinstance(run, Run)]
+    parts += {run.work: run for run in shards}.values()  # one shard after the other
+    worker, counted = Worker(0, task, Mailbox()), {}
+    for run in parts:
+        for index in range(run.shard.count if isinstance(run, Attend) else 0):
+            name = keys(run.branch, run.unit, Shard(index, run.shard.count))
+            worker.keep(name, [torch.empty(s, dtype=d, device=meta) for s, d in task.message(name)])
         with FlopCounterMode(display=False) as counter:
-            worker.run(operation, 0)
-    return counter.get_total_flops()
+            worker.compute(run, 0)
+        counted[run.work] = counter.get_total_flops()
+    return {work: operations / counted[whole.work] for work, operations in counted.items()}
 
 
 @torch.inference_mode()
 def unit_times(task: Task, repeats: int = 5) -> list[float]:
-    """Seconds of every unit of the network on this device (see `segments`): the median of some runs, after one that does not count."""
-    net, text = task.denoiser, next(iter(task.conditioning))
-    units = net.config.segments
-    worker = Worker(0, replace(task, cuts=net.cuts(tuple(range(1, units)))), Mailbox())
-    seconds: list[list[float]] = [[0.0] * units for _ in range(repeats + 1)]
-    for told in seconds:
-        for unit, run in in_segments(net, text, units):
-            if task.noise.is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            worker.run(run, 0)
-            if task.noise.is_cuda:
-                torch.cuda.synchronize()
-            told[unit] += time.perf_counter() - start
+    """Seconds of every unit of the network on this device: the median of some runs, after one that does not count."""
+    net, conditioning = task.denoiser, next(iter(task.conditioning.values()))
+    t, size = task.sampler.timesteps[0, None].to(task.noise.device), task.noise.shape[2:]
+    seconds = []
+    for _ in range(repeats + 1):
+        x, kept = task.sampler.network_input(task.noise, 0).to(conditioning.text.dtype), {}
+        seconds.append([])
+        for unit in range(net.units):
+            start = now(task.noise.device)
+            x = net.run((unit, unit + 1), x, kept, t, conditioning, size)
+            seconds[-1].append(now(task.noise.device) - start)
     return [median(times) for times in zip(*seconds[1:])]
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once a CUDA device has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def plan_all(strategy: Strategy, settings: Settings) -> list[StepPlan]:
@@ -113,11 +89,12 @@ def plan_all(strategy: Strategy, settings: Settings) -> list[StepPlan]:
     return [strategy.plan(step, rising[:step], settings) for step in range(settings.steps)]
 
 
-def timeline(plans: Sequence[StepPlan], costs: Costs, delays: Mapping[str, float] = {}) -> list[Bar]:
+def timeline(
+    plans: Sequence[StepPlan], costs: Costs, delay: Callable[[Name], float] = lambda name: 0.0
+) -> list[Bar]:
     """Every rank's bars, if everything but the network and the messages took no time. A receive waits for its message.
 
-    A message is under way for `delays[kind]`, in the unit of the costs (no time where not told), one after the other in
-    each direction between two ranks.
+    A message takes `delay(name)`, in the unit of the costs, one after the other in each direction between two ranks.
     """
     clock = [0.0] * len(plans[0].operations)
     free: dict[tuple[int, int], float] = {}  # (sender, receiver) -> when the last message has arrived
@@ -128,12 +105,12 @@ def timeline(plans: Sequence[StepPlan], costs: Costs, delays: Mapping[str, float
             list(enumerate(plan.operations)), lambda r, to: bool(sent.get((r.source, to)))
         ):
             start = clock[rank]
-            if isinstance(operation, Run):
-                clock[rank] += costs[operation.unit] * (2 if operation.text == "both" else 1)
+            if isinstance(operation, Computation):
+                clock[rank] += costs[operation.work] * (2 if operation.branch == "both" else 1)
                 bars.append(Bar(rank, step, start, clock[rank], "run", str(operation)))
             elif isinstance(operation, Send):
                 lane = rank, operation.to
-                free[lane] = max(start, free.get(lane, 0.0)) + delays.get(operation.value.what, 0.0)
+                free[lane] = max(start, free.get(lane, 0.0)) + delay(operation.name)
                 sent.setdefault(lane, []).append(free[lane])
                 bars.append(Bar(rank, step, start, start, "send", str(operation)))
             elif isinstance(operation, Receive):
@@ -173,11 +150,6 @@ def draw(bars: Sequence[Bar], ranks: int, columns_per_unit: int = 16) -> str:
     return "\n".join(lines)
 
 
-def message_bytes(task: Task) -> dict[str, int]:
-    """Bytes of one message of each kind, where there is one cut."""
-    return {kind: task.size(Value(kind)) for kind in ("prediction", "entry", "inner", "discrepancy")}
-
-
 def total_bytes(plans: Sequence[StepPlan], task: Task) -> Counter[str]:
     """Bytes of all messages by kind, from the schedule alone: what the transport will count, to the byte."""
     return sum((bytes_sent(plan, task.size) for plan in plans), Counter())
@@ -191,21 +163,16 @@ def detail(middle: Sequence[int]) -> tuple[int, int]:
 def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> str:
     """Every kind of step as a table of operations, a timeline around the switch, the ideal speed-up and the bytes."""
     plans = plan_all(strategy, settings)
-    costs = part_costs(task, plans)
+    costs = part_costs(task, strategy, plans)
     bars = timeline(plans, costs)
     drawn = ", drawn for a switch by the cap" if name == "paper" else ""
-    pieces = [f"{name}: {settings.steps} steps on {strategy.ranks} rank(s){drawn}"]
-    parts = (
-        [run.unit for plan in plans for run in plan.runs() if run.part != "whole" and not run.of]
-        if strategy.ranks > 2
-        else ()
-    )
-    shares = ", ".join(
-        f"{part} {costs[part]:.0%}" for part in dict.fromkeys(parts or ("entry", "inner", "exit"))
-    )
-    pieces.append(f"shares of the network by floating-point operations: {shares}")
+    ranks = f"{strategy.ranks} ranks" if strategy.ranks > 1 else "1 rank"
+    pieces = [f"{name}: {settings.steps} steps on {ranks}{drawn}"]
+    if len(strategy.partition.spans) > 1:
+        shares = (f"{a}-{b - 1} {costs[a, b]:.0%}" for a, b in strategy.partition.spans)
+        pieces.append(f"units of the network, with shares of its floating-point operations: {', '.join(shares)}")
     pieces += tables(plans)
-    first, last = detail([step for step, plan in enumerate(plans) if plan.stage == "parallelism"] or [1])
+    first, last = detail([step for step, plan in enumerate(plans) if plan.stage in MIDDLE] or [1])
     shown = [bar for bar in bars if first <= bar.step <= last]
     pieces.append(
         f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)"
@@ -232,7 +199,7 @@ def tables(plans: Sequence[StepPlan]) -> list[str]:
     for start, end in zip(starts, [*starts[1:], len(plans)]):
         plan, span = plans[start], f"step {start}" if end - start == 1 else f"steps {start} to {end - 1}"
         kind = tuple(
-            tuple(op.value if isinstance(op, Extrapolate) else op for op in operations)
+            tuple(op.name if isinstance(op, Extrapolate) else op for op in operations)
             for operations in plan.operations
         )
         if kind in told:
@@ -252,7 +219,7 @@ def tables(plans: Sequence[StepPlan]) -> list[str]:
 def idle_ranks(strategy: Strategy, settings: Settings) -> str | None:
     """A sentence on ranks that have nothing to run in the full steps, if there are any."""
     plans = plan_all(strategy, settings)
-    full = [plan for plan in plans if plan.stage != "parallelism"] or plans
+    full = [plan for plan in plans if plan.stage not in MIDDLE] or plans
     idle = [rank for rank in range(strategy.ranks) if not any(plan.runs(rank) for plan in full)]
     if not idle:
         return None
@@ -281,19 +248,24 @@ def table(plan: StepPlan) -> str:
 
 
 def shortened(operations: Sequence[Operation]) -> list[str]:
-    """Operations in words; those of all blocks but the first, which are alike, in one line."""
-    blocks = [
-        getattr(operation.value if isinstance(operation, (Send, Receive)) else operation, "block", 0)
-        for operation in operations
-    ]
+    """Operations in words; those of all units but the first, which are alike, in one line."""
+    units = [unit_of(operation) for operation in operations]
     words = [
-        str(operation) if block == 0 else f"the same for blocks 1 to {max(blocks)}"
-        for operation, block in zip(operations, blocks)
+        str(operation) if unit == 0 else f"the same for units 1 to {max(units)}"
+        for operation, unit in zip(operations, units)
     ]
-    return list(dict.fromkeys(words)) if any(blocks) else words
+    return list(dict.fromkeys(words)) if any(units) else words
 
 
-def runs_of(strategy: Strategy, settings: Settings, rank: int) -> list[Run]:
+def unit_of(operation: Operation) -> int:
+    """The unit of a computation or a message on shards; 0 for everything else."""
+    if isinstance(operation, (Project, Attend)):
+        return operation.unit
+    keys_sent = isinstance(operation, (Send, Receive)) and operation.name.what == "keys"
+    return operation.name.at if keys_sent else 0
+
+
+def runs_of(strategy: Strategy, settings: Settings, rank: int) -> list[Computation]:
     """All that a rank may have to run of the network, whenever the switch comes: as early as it can, by the slope, or by the cap."""
     level = [1.0] * settings.steps
     early = [strategy.plan(step, level[:step], settings) for step in range(settings.steps)]

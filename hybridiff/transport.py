@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hybridiff.ending import say
 from hybridiff.errors import SharedError, UsageError
-from hybridiff.schedule import Value
+from hybridiff.schedule import Name
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
 LABEL = 512  # bytes of a label
@@ -42,9 +42,9 @@ class PeerLost(Exception):
     """Another rank has ended, or was silent for longer than the timeout. The message names it, the step and what was awaited."""
 
 
-def label(step: int, value: Value, shapes: Shapes) -> Tensor:
+def label(step: int, name: Name, shapes: Shapes) -> Tensor:
     """What a message must be, as bytes: uint8 [LABEL]."""
-    text = f"step {step}: {value} {[(tuple(shape), str(dtype)) for shape, dtype in shapes]}"
+    text = f"step {step}: {name} {[(tuple(shape), str(dtype)) for shape, dtype in shapes]}"
     return torch.frombuffer(bytearray(text.encode().ljust(LABEL)), dtype=torch.uint8)
 
 
@@ -62,11 +62,11 @@ class Transport:
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()  # bytes by kind of value, sent by the ranks of this process
 
-    def count(self, value: Value, tensors: Sequence[Tensor], sender: int, to: int) -> None:
+    def count(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
         """Add a message to the count."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.sent[value.what] += size
-        trace(f"step {self.step}: rank {sender} -> rank {to}: {value}, {size} bytes")
+        self.sent[name.what] += size
+        trace(f"step {self.step}: rank {sender} -> rank {to}: {name}, {size} bytes")
 
     def forget(self) -> None:
         """A picture has broken off: drop the messages that nobody will take."""
@@ -92,16 +92,16 @@ class Mailbox(Transport):
         """Whether a message waits."""
         return bool(self.mail.get((sender, to)))
 
-    def send(self, value: Value, tensors: Sequence[Tensor], sender: int, to: int) -> None:
-        self.count(value, tensors, sender, to)
+    def send(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
+        self.count(name, tensors, sender, to)
         self.mail.setdefault((sender, to), deque()).append(tuple(tensors))
 
-    def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
+    def receive(self, name: Name, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         """The oldest message from `sender`, which must be what the receiver would have made room for."""
         tensors = self.mail[sender, to].popleft()
         sent = [(tensor.shape, tensor.dtype) for tensor in tensors]
         assert sent == list(shapes), (
-            f"rank {to} expected {value} as {shapes} from rank {sender}, which sent {sent}"
+            f"rank {to} expected {name} as {shapes} from rank {sender}, which sent {sent}"
         )
         return tensors
 
@@ -320,9 +320,9 @@ class Ranks(Transport):
         """Always: `receive` waits by itself."""
         return True
 
-    def send(self, value: Value, tensors: Sequence[Tensor], sender: int, to: int) -> None:
+    def send(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
         """Post the tensors to rank `to` and go on. Those of the step before the last were taken by now or soon will be: their tensors are let go."""
-        self.count(value, tensors, sender, to)
+        self.count(name, tensors, sender, to)
         while (
             self.under_way and self.under_way[0][0] < self.step - 1
         ):  # gloo's sends do not tell by themselves that they are completed
@@ -330,24 +330,24 @@ class Ranks(Transport):
                 self.under_way.popleft()[1].wait()
         if TRACE:
             tensors = [
-                label(self.step, value, [(tensor.shape, tensor.dtype) for tensor in tensors]),
+                label(self.step, name, [(tensor.shape, tensor.dtype) for tensor in tensors]),
                 *tensors,
             ]
         for tensor in tensors:
             tensor = tensor.to(self.wire).contiguous()
-            with self.waiting(f"rank {self.members[to]} to take {value}"):
+            with self.waiting(f"rank {self.members[to]} to take {name}"):
                 self.under_way.append(
                     (self.step, dist.isend(tensor, self.members[to], group=self.lanes[sender, to]), tensor)
                 )
 
-    def receive(self, value: Value, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
+    def receive(self, name: Name, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         """Wait for tensors of these (shape, dtype) from rank `sender`. PeerLost if it has ended or is silent for too long."""
         if TRACE:
             told, expected = (
                 torch.empty(LABEL, dtype=torch.uint8, device=self.wire),
-                label(self.step, value, shapes),
+                label(self.step, name, shapes),
             )
-            with self.waiting(f"{value} from rank {self.members[sender]}"):
+            with self.waiting(f"{name} from rank {self.members[sender]}"):
                 dist.recv(told, self.members[sender], group=self.lanes[sender, to])
             if not torch.equal(told.cpu(), expected):
                 said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
@@ -356,9 +356,9 @@ class Ranks(Transport):
                 )
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
-            with self.waiting(f"{value} from rank {self.members[sender]}"):
+            with self.waiting(f"{name} from rank {self.members[sender]}"):
                 dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
-        trace(f"step {self.step}: rank {to} <- rank {sender}: {value}")
+        trace(f"step {self.step}: rank {to} <- rank {sender}: {name}")
         return tuple(tensor.to(self.device) for tensor in tensors)
 
     def settle(self) -> None:

@@ -1,17 +1,16 @@
-"""The MMDiT of SD3 and SD3.5, written so that it can be cut.
+"""The MMDiT of SD3 and SD3.5, as a tape of units (`models/tape.py`): its joint blocks.
 
 Follows Stability-AI/sd3.5, mmditx.py (Esser et al. 2024, arXiv 2403.03206); parameter names are those of the official
 single file after `model.diffusion_model.`.
 
-A *cut* is a range (a, b) of the joint blocks. `entry` embeds latents and text and runs blocks [0, a); `inner` runs [a, b);
-`exit` runs [b, depth) and the final layer. Image and text tokens cross. `forward` is exit(inner(entry)), whatever the cut.
-
-The sequence can be divided too: `begin` takes some rows of the image's patches and some of the text's tokens, and then `keys`
-and `attend` run one block after the other on this slice alone, given the keys and values of the other slices; `end` leaves its rows of the prediction.
+The embedding goes with the first block, the final layer with the last; image and text tokens cross wherever the network is cut.
+The tokens can be divided too (sequence parallelism): a shard has some rows of the image's patches and some tokens of the text, and in
+every block reads the keys and values of all shards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.embeddings import sinusoid
+from models.tape import Features, Shard, Size, Span, Split, best_cuts, spans_between
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,6 @@ class MMDiTConfig:
     )
 
     @property
-    def segments(self) -> int:
-        """Into how many segments it can be cut at most."""
-        return self.depth
-
-    @property
-    def shared_blocks(self) -> int:
-        """How many blocks several devices can share by slices of the sequence: all."""
-        return self.depth
-
-    @property
     def multiple(self) -> int:
         """Height and width of the latents must be multiples of this."""
         return self.patch
@@ -67,7 +57,7 @@ class MMDiTConditioning(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What crosses the cut, in either direction."""
+    """What crosses a position between two blocks."""
 
     image: Tensor  # (B, h/2 * w/2, width)
     text: Tensor  # (B, L, width)
@@ -110,17 +100,16 @@ class Queries(NamedTuple):
     image_mod: Modulation
 
 
-class Slice(NamedTuple):
-    """Some of the tokens on their way through the network."""
+class ShardTokens(NamedTuple):
+    """A shard's tokens on their way through the network."""
 
     tokens: Tokens
     c: Tensor  # (B, width), the conditioning vector of every block
-    columns: int  # patches in a row of the image
 
 
-def piece(length: int, number: int, of: int) -> slice:
-    """The number-th (from 1) of `of` pieces of a length, as equal as can be."""
-    return slice(length * (number - 1) // of, length * number // of)
+def rows_of(shard: Shard, length: int) -> int:
+    """How many of so many rows or tokens fall to a shard."""
+    return len(range(length)[shard.of(length)])
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -295,13 +284,13 @@ class FinalLayer(nn.Module):
 class MMDiT(nn.Module):
     """Predicts the velocity (noise - image) of latents x (B, C, h, w); h and w multiples of the patch."""
 
-    Boundary, Keys = Tokens, Keys
+    shardable = True
     frequencies = 256  # width of the sinusoid of the time
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
-        self.config = config
-        c = config
+        self.config = c = config
+        self.units = self.most_ranks = c.depth
         self.x_embedder = PatchEmbed(c)
         self.context_embedder = nn.Linear(c.context_width, c.width)
         self.t_embedder = Embedder(self.frequencies, c.width)
@@ -339,110 +328,99 @@ class MMDiT(nn.Module):
         time = sinusoid(t, self.frequencies).to(self.context_embedder.weight.dtype)
         return self.t_embedder(time) + self.y_embedder(conditioning.pooled)
 
-    def run_blocks(
-        self, tokens: Tokens, t: Tensor, conditioning: MMDiTConditioning, start: int, stop: int
-    ) -> Tokens:
-        """Joint blocks [start, stop)."""
-        c = self.embed(t, conditioning)
-        for block in self.joint_blocks[start:stop]:
-            tokens = block(tokens, c)
-        return tokens
+    def predict(self, image: Tensor, c: Tensor, size: Size) -> Tensor:
+        """The final layer: image tokens, in rows of w patches -> velocity (B, C, h, w)."""
+        p = self.config.patch
+        out = self.final_layer(image, c)
+        return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", w=size[1] // p, p=p, q=p)
 
-    def entry(
-        self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning, cut: tuple[int, int]
-    ) -> tuple[Tokens, tuple[int, int]]:
-        """Embed latents and text, run blocks [0, a). Returns what crosses the cut and the grid (h, w), which stays."""
-        h, w = self.patches(x)
-        tokens = Tokens(self.x_embedder(x) + self.positions(h, w), self.context_embedder(conditioning.text))
-        return self.run_blocks(tokens, t, conditioning, 0, cut[0]), (h, w)
-
-    def inner(
-        self, tokens: Tokens, t: Tensor, conditioning: MMDiTConditioning, cut: tuple[int, int]
-    ) -> Tokens:
-        """Joint blocks [a, b)."""
-        return self.run_blocks(tokens, t, conditioning, *cut)
-
-    def exit(
+    def run(
         self,
-        tokens: Tokens,
-        grid: tuple[int, int],
+        span: Span,
+        x: Features,
+        kept: dict[int, Tensor],
         t: Tensor,
         conditioning: MMDiTConditioning,
-        cut: tuple[int, int],
-    ) -> Tensor:
-        """Joint blocks [b, depth) and the final layer -> velocity (B, C, h, w)."""
-        tokens = self.run_blocks(tokens, t, conditioning, cut[1], self.config.depth)
-        return self.predict(tokens.image, self.embed(t, conditioning), grid[1])
+        size: Size,
+    ) -> Features:
+        """Blocks [start, stop) on latents x (B, C, h, w) or tokens; see `models.tape.Denoiser`. Leaves `kept` alone."""
+        (start, stop), c = span, self.embed(t, conditioning)
+        if start == 0:
+            places = self.positions(*self.patches(x))
+            tokens = Tokens(self.x_embedder(x) + places, self.context_embedder(conditioning.text))
+        else:
+            tokens = Tokens(*x)
+        for block in self.joint_blocks[start:stop]:
+            tokens = block(tokens, c)
+        return self.predict(tokens.image, c, size) if stop == self.units else tokens
 
-    def predict(self, image: Tensor, c: Tensor, columns: int) -> Tensor:
-        """The final layer: image tokens in rows of `columns` -> velocity (B, C, h, w)."""
-        p = self.config.patch
-        return rearrange(
-            self.final_layer(image, c), "b (h w) (p q c) -> b c (h p) (w q)", w=columns, p=p, q=p
-        )
+    def project(
+        self,
+        unit: int,
+        x: Tensor | ShardTokens,
+        t: Tensor,
+        conditioning: MMDiTConditioning,
+        size: Size,
+        shard: Shard,
+    ) -> tuple[tuple[ShardTokens, Queries], Keys]:
+        """The first half of a block on a shard; see `models.tape.Denoiser`. Block 0 embeds the shard's rows of the latents x (B, C, h, w)."""
+        if unit == 0:
+            (h, w), p = self.patches(x), self.config.patch
+            rows, words = shard.of(h), shard.of(conditioning.text.shape[1])
+            places = self.positions(h, w)[:, rows.start * w : rows.stop * w]
+            image = self.x_embedder(x[:, :, rows.start * p : rows.stop * p]) + places
+            text = self.context_embedder(conditioning.text[:, words])
+            x = ShardTokens(Tokens(image, text), self.embed(t, conditioning))
+        queries, keys = self.joint_blocks[unit].project(*x)
+        return (x, queries), keys
 
-    def begin(self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning, number: int, of: int) -> Slice:
-        """Embed the number-th (from 1) of `of` slices: rows of patches of the latents x (B, C, h, w), and tokens of the text."""
-        h, w = self.patches(x)
-        rows, words = piece(h, number, of), piece(conditioning.text.shape[1], number, of)
-        latents = x[:, :, rows.start * self.config.patch : rows.stop * self.config.patch]
-        image = self.x_embedder(latents) + self.positions(h, w)[:, rows.start * w : rows.stop * w]
-        tokens = Tokens(image, self.context_embedder(conditioning.text[:, words]))
-        return Slice(tokens, self.embed(t, conditioning), w)
-
-    def keys(self, part: Slice, block: int) -> tuple[Queries, Keys]:
-        """The first half of a block on a slice: its queries, and the keys and values that all slices need."""
-        return self.joint_blocks[block].project(part.tokens, part.c)
-
-    def attend(self, part: Slice, block: int, queries: Queries, keys: Sequence[Keys]) -> Slice:
-        """The second half of a block on a slice, with the keys and values of all slices in their order."""
+    def attend(
+        self, unit: int, state: tuple[ShardTokens, Queries], keys: Sequence[Sequence[Tensor]], size: Size
+    ) -> ShardTokens | Tensor:
+        """The second half, with the keys and values of all shards in order. The last block returns the shard's rows of the velocity."""
+        (tokens, c), queries = state
         together = Keys(*(None if same[0] is None else torch.cat(same, dim=2) for same in zip(*keys)))
-        return part._replace(tokens=self.joint_blocks[block].attend(part.tokens, queries, together))
+        tokens = self.joint_blocks[unit].attend(tokens, queries, together)
+        return self.predict(tokens.image, c, size) if unit == self.units - 1 else ShardTokens(tokens, c)
 
-    def kind(self, block: int) -> tuple[bool, bool]:
-        """Blocks of one kind do the same work."""
-        return self.joint_blocks[block].x_block.dual, self.joint_blocks[block].context_block.last
+    def split(
+        self, ranks: int, times: Sequence[Sequence[float]] | None = None, nested: bool = False
+    ) -> Split:
+        """One span a rank, in order; two ranks halve the blocks, as the paper does. Nested: rank 0 owns the half in the middle."""
+        depth = self.config.depth
+        if ranks > depth or nested and (ranks != 2 or depth < 4):
+            raise ValueError(f"an MMDiT of {depth} blocks cannot be split over {ranks} ranks")
+        if nested:
+            return Split(spans_between((depth // 4, depth // 4 + depth // 2), depth), (1, 0, 1))
+        halves = ranks == 2 and times is None
+        cuts = (depth // 2,) if halves else best_cuts(times or [[1.0] * depth] * ranks)
+        return Split(spans_between(cuts, depth), tuple(range(ranks)))
 
-    def end(self, part: Slice) -> Tensor:
-        """The slice's rows of the velocity (B, C, rows, w)."""
-        return self.predict(part.tokens.image, part.c, part.columns)
+    def parameters_of(self, span: Span) -> tuple[str, ...]:
+        """How the names of the parameters begin that a span needs."""
+        first = ("x_embedder.", "context_embedder.", "pos_embed") if span[0] == 0 else ()
+        last = ("final_layer.",) if span[1] == self.units else ()
+        blocks = (f"joint_blocks.{unit}." for unit in range(*span))
+        return ("t_embedder.", "y_embedder.", *first, *blocks, *last)
 
-    def default_cut(self) -> tuple[int, int]:
-        """The paper's cut of SD3: the first half of the blocks is inner, the second half exit, the entry empty."""
-        return 0, self.config.depth // 2
+    def shapes(
+        self, at: int, latents: torch.Size, text_tokens: int, shard: Shard | None = None
+    ) -> tuple[torch.Size, ...]:
+        """Shapes of the image and the text tokens, or of the velocity (all rows, or a shard's), for latents (B, C, h, w)."""
+        (b, channels, h, w), p = latents, self.config.patch
+        if at < self.units:
+            lengths = (h // p) * (w // p), text_tokens
+            return tuple(torch.Size((b, length, self.config.width)) for length in lengths)
+        return (torch.Size((b, channels, p * rows_of(shard or Shard(0, 1), h // p), w)),)
 
-    def nested_cut(self) -> tuple[int, int]:
-        """A cut with work on both sides: the half of the blocks in the middle is inner."""
-        return self.config.depth // 4, self.config.depth // 4 + self.config.depth // 2
-
-    def cuts(self, positions: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-        """Cuts from positions between blocks, one segment after the other."""
-        return tuple(zip((0, *positions), positions))
-
-    def unit_sizes(self) -> list[float]:
-        """About the work in each block: they are alike."""
-        return [1.0] * self.config.depth
-
-    def crossing(self, latents: torch.Size, text_tokens: int, cut: tuple[int, int]) -> tuple[Tokens, Tokens]:
-        """Shapes of what leaves `entry` and of what leaves `inner`, for latents of shape (B, C, h, w)."""
-        b, _, h, w = latents
-        image = torch.Size((b, (h // self.config.patch) * (w // self.config.patch), self.config.width))
-        tokens = Tokens(image, torch.Size((b, text_tokens, self.config.width)))
-        return tokens, tokens
-
-    def sizes(
-        self, latents: torch.Size, text_tokens: int, number: int, of: int, block: int
-    ) -> tuple[Keys, torch.Size]:
-        """Shapes of a slice's keys and values in a block, and of its rows of the prediction, for latents (B, C, h, w)."""
-        (b, channels, h, w), p, heads = latents, self.config.patch, self.config.heads
-        rows, words = (len(range(length)[piece(length, number, of)]) for length in (h // p, text_tokens))
-        text, image = (
-            torch.Size((b, heads, n, self.config.width // heads)) for n in (words, rows * (w // p))
-        )
-        dual = (image, image) if block < self.config.dual_blocks else ()
-        return Keys(text, text, image, image, *dual), torch.Size((b, channels, rows * p, w))
+    def key_shapes(
+        self, unit: int, latents: torch.Size, text_tokens: int, shard: Shard
+    ) -> tuple[torch.Size, ...]:
+        """Shapes of the tensors in `Keys`, for latents (B, C, h, w)."""
+        (b, _, h, w), p, heads = latents, self.config.patch, self.config.heads
+        lengths = rows_of(shard, text_tokens), rows_of(shard, h // p) * (w // p)
+        text, image = (torch.Size((b, heads, length, self.config.width // heads)) for length in lengths)
+        return (text, text, *[image] * (4 if unit < self.config.dual_blocks else 2))
 
     def forward(self, x: Tensor, t: Tensor, conditioning: MMDiTConditioning) -> Tensor:
-        cut = self.default_cut()
-        tokens, grid = self.entry(x, t, conditioning, cut)
-        return self.exit(self.inner(tokens, t, conditioning, cut), grid, t, conditioning, cut)
+        return self.run((0, self.units), x, {}, t, conditioning, x.shape[2:])

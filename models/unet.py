@@ -1,15 +1,13 @@
-"""The U-Net of SDXL (SD 1.5 is another config of it), written so that it can be cut.
+"""The U-Net of SDXL (SD 1.5 is another config of it), as a tape of units (`models/tape.py`).
 
 Follows Stability-AI/generative-models, sgm/modules/diffusionmodules/openaimodel.py and sgm/modules/attention.py; parameter
 names are those of the official single file after `model.diffusion_model.`.
 
-A *cut* is a depth d between 0 and n, the number of input blocks, both exclusive. `entry` runs input_blocks[:d]; `inner` runs
-input_blocks[d:], the middle and output_blocks[:n-d]; `exit` runs output_blocks[n-d:] and the output layers. The skips made by
-`entry` are read by `exit` alone, so exactly one tensor crosses in each direction. `forward` is exit(inner(entry)), whatever the
-cut. Cuts nest: between an `outer` depth and a deeper one lies a ring, of which `down` runs the input blocks and `up` the output
-blocks.
+The units are n input blocks, the middle, and n output blocks. The output of input block i is added to what output block n - 1 - i
+reads; these skips stay with whoever runs both, so that one tensor crosses wherever the network is cut.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.embeddings import sinusoid
+from models.tape import Shard, Size, Span, Split, best_cuts, spans_between
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,6 @@ class UNetConfig:
         return len(self.multipliers) * (self.blocks + 1)
 
     @property
-    def segments(self) -> int:
-        """Into how many segments it can be cut at most."""
-        return self.input_blocks
-
-    @property
-    def shared_blocks(self) -> int:
-        """How many blocks several devices can share: none."""
-        return 0
-
-    @property
     def multiple(self) -> int:
         """Height and width of the latents must be multiples of this: they may be any."""
         return 1
@@ -65,12 +54,6 @@ class UNetConditioning(NamedTuple):
 
     text: Tensor  # (B, L, context_width)
     vector: Tensor | None  # (B, vector_width): pooled text, then six size sinusoids
-
-
-class Features(NamedTuple):
-    """The one tensor that crosses the cut, in either direction."""
-
-    hidden: Tensor  # (B, C, h, w)
 
 
 class ResBlock(nn.Module):
@@ -240,11 +223,13 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """Predicts the noise in latents x (B, in_channels, h, w)."""
 
-    Boundary = Features
+    shardable = False
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.units = 2 * config.input_blocks + 1
+        self.most_ranks = config.input_blocks
         c, time_width = config, 4 * config.channels
         widths = [c.channels * m for m in c.multipliers]
         last = len(widths) - 1
@@ -312,123 +297,90 @@ class UNet(nn.Module):
             emb = emb + self.label_emb(conditioning.vector)
         return emb
 
-    def entry(
-        self, x: Tensor, t: Tensor, conditioning: UNetConditioning, cut: int
-    ) -> tuple[Features, list[Tensor]]:
-        """input_blocks[:cut] on the latents. Returns what crosses the cut and the skips, which stay."""
-        skips = self.descend(self.input_blocks[:cut], x, t, conditioning)
-        return Features(skips[-1]), skips
-
-    def down(
-        self, features: Features, t: Tensor, conditioning: UNetConditioning, outer: int, cut: int
-    ) -> tuple[Features, list[Tensor]]:
-        """input_blocks[outer:cut] on what crossed the cut `outer`. Returns what crosses `cut` and what `up` needs."""
-        h = features.hidden  # stays at the bottom of the skips: what leaves has the side of what came
-        skips = [h, *self.descend(self.input_blocks[outer:cut], h, t, conditioning)]
-        return Features(skips[-1]), skips
-
-    def inner(self, features: Features, t: Tensor, conditioning: UNetConditioning, cut: int) -> Features:
-        """input_blocks[cut:], the middle, output_blocks[:n-cut]."""
-        deepest, skips = self.down(features, t, conditioning, cut, self.config.input_blocks)
-        h = self.middle_block(deepest.hidden, self.embed(t, conditioning), conditioning.text)
-        return self.up(Features(h), skips, t, conditioning, cut, self.config.input_blocks)
-
-    def up(
+    def run(
         self,
-        features: Features,
-        skips: list[Tensor],
+        span: Span,
+        x: Tensor,
+        kept: dict[int, Tensor],
         t: Tensor,
         conditioning: UNetConditioning,
-        outer: int,
-        cut: int,
-    ) -> Features:
-        """output_blocks[n-cut:n-outer] on what crossed `cut` outwards, with the skips of `down`. Returns what crosses `outer`."""
-        n = self.config.input_blocks
-        return Features(
-            self.climb(self.output_blocks[n - cut : n - outer], features.hidden, skips, t, conditioning)
-        )
-
-    def exit(
-        self, features: Features, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning, cut: int
+        size: Size,
     ) -> Tensor:
-        """output_blocks[n-cut:] and the output layers -> predicted noise (B, out_channels, h, w)."""
-        blocks = self.output_blocks[self.config.input_blocks - cut :]
-        return self.out(self.climb(blocks, features.hidden, skips, t, conditioning))
+        """Units [start, stop) on latents or features x (B, C, h, w); see `models.tape.Denoiser`.
 
-    def descend(
-        self, blocks: nn.ModuleList, h: Tensor, t: Tensor, conditioning: UNetConditioning
-    ) -> list[Tensor]:
-        """Input blocks one after the other: the result of each."""
-        emb, skips = self.embed(t, conditioning), []
-        for block in blocks:
-            h = block(h, emb, conditioning.text)
-            skips.append(h)
-        return skips
+        `kept[i]` is the output of input block i: the skip of the output block that mirrors it. The features that cross
+        `start` on the way down are kept too, since upsampling on the way back goes to their height and width, as in diffusers.
+        """
+        (start, stop), n, emb = span, self.config.input_blocks, self.embed(t, conditioning)
+        if 0 < start < n:
+            kept[start - 1] = x
+        for unit in range(start, stop):
+            if unit < n:
+                x = kept[unit] = self.input_blocks[unit](x, emb, conditioning.text)
+            elif unit == n:
+                x = self.middle_block(x, emb, conditioning.text)
+            else:
+                mirrored = 2 * n - unit
+                x = torch.cat([x, kept.pop(mirrored)], dim=1)
+                side = kept[mirrored - 1].shape[2:] if mirrored else None
+                x = self.output_blocks[unit - n - 1](x, emb, conditioning.text, side)
+        return self.out(x) if stop == self.units else x
 
-    def climb(
-        self, blocks: nn.ModuleList, h: Tensor, skips: list[Tensor], t: Tensor, conditioning: UNetConditioning
-    ) -> Tensor:
-        """Output blocks, each on its skip too; upsampling goes to the side of the next skip, as in diffusers."""
-        emb, skips = self.embed(t, conditioning), list(skips)
-        for block in blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
-            h = block(h, emb, conditioning.text, skips[-1].shape[2:] if skips else None)
-        return h
+    def split(
+        self, ranks: int, times: Sequence[Sequence[float]] | None = None, nested: bool = False
+    ) -> Split:
+        """Spans that nest, so that skips stay on their rank: the last rank owns both ends, rank 0 the innermost span.
 
-    def default_cut(self) -> int:
-        """The depth at which the released SDXL code cuts: after the last downsampling (7 of 9)."""
-        return self.config.input_blocks - self.config.blocks
-
-    def nested_cut(self) -> int:
-        """A cut with work on both sides: the default one is."""
-        return self.default_cut()
-
-    def cuts(self, depths: tuple[int, ...]) -> tuple[int, ...]:
-        """Nested cuts from the positions between units; a unit is an input block with its output block, the last with the middle."""
-        return depths
-
-    def names(self, outer: int, cut: int) -> list[str]:
-        """How the names of the parameters begin that a ring needs; a ring down to n has the middle too."""
+        Two ranks are split where the released SDXL code cuts: after the last downsampling (7 of 9 input blocks).
+        """
         n = self.config.input_blocks
-        blocks = [f"input_blocks.{i}." for i in range(outer, cut)] + [
-            f"output_blocks.{i}." for i in range(n - cut, n - outer)
-        ]
-        return [
-            "time_embed.",
-            "label_emb.",
-            *blocks,
-            *(["out."] if outer == 0 else []),
-            *(["middle_block."] if cut == n else []),
-        ]
+
+        def rings(row: Sequence[float]) -> list[float]:
+            """Each input block with the output block that mirrors it, the last one with the middle too."""
+            return [row[i] + row[2 * n - i] + (row[n] if i == n - 1 else 0) for i in range(n)]
+
+        if ranks > n:
+            raise ValueError(f"a U-Net of {n} input blocks cannot be split over {ranks} ranks")
+        if ranks == 2 and times is None:
+            depths: tuple[int, ...] = (n - self.config.blocks,)
+        else:
+            depths = best_cuts([rings(row) for row in reversed(times or [self.unit_sizes()] * ranks)])
+        spans = spans_between((*depths, *(self.units - depth for depth in reversed(depths))), self.units)
+        return Split(spans, tuple(ranks - 1 - min(j, len(spans) - 1 - j) for j in range(len(spans))))
 
     def unit_sizes(self) -> list[float]:
         """About the work in each unit, whatever the size of the picture: parameters by positions at their level."""
-        sizes = []
-        for i, block in enumerate(self.input_blocks):
-            layers = [block, self.output_blocks[self.config.input_blocks - 1 - i]]
-            layers += [self.middle_block] if i == self.config.input_blocks - 1 else []
-            weights = sum(p.numel() for layer in layers for p in layer.parameters())
-            sizes.append(weights / 4 ** (i // (self.config.blocks + 1)))
-        return sizes
+        n, down = self.config.input_blocks, [*self.input_blocks, self.middle_block]
+        levels = [min(i, n - 1) // (self.config.blocks + 1) for i in (*range(n + 1), *reversed(range(n)))]
+        blocks = [*down, *self.output_blocks]
+        return [sum(p.numel() for p in block.parameters()) / 4**level for block, level in zip(blocks, levels)]
 
-    def crossing(self, latents: torch.Size, text_tokens: int, cut: int) -> tuple[Features, Features]:
-        """Shapes of what leaves `entry` and of what leaves `inner`, for latents (B, C, h, w); 0 < cut < input blocks."""
-        levels = [i // (self.config.blocks + 1) for i in range(self.config.input_blocks)]
+    def parameters_of(self, span: Span) -> tuple[str, ...]:
+        """How the names of the parameters begin that a span needs."""
+        n = self.config.input_blocks
+        names = ["time_embed.", "label_emb."]
+        for unit in range(*span):
+            inwards, outwards = f"input_blocks.{unit}.", f"output_blocks.{unit - n - 1}."
+            names.append(inwards if unit < n else "middle_block." if unit == n else outwards)
+        return (*names, *(["out."] if span[1] == self.units else []))
+
+    def shapes(
+        self, at: int, latents: torch.Size, text_tokens: int, shard: Shard | None = None
+    ) -> tuple[torch.Size, ...]:
+        """Shape of the one tensor that crosses position `at`, for latents (B, C, h, w)."""
+        n, per_level = self.config.input_blocks, self.config.blocks + 1
         widths = [self.config.channels * m for m in self.config.multipliers]
-        # a downsampling block closes its level, so the side is halved (rounded up) once more right after it
-        halvings = sum(1 for i in range(1, cut) if i % (self.config.blocks + 1) == 0)
         b, _, h, w = latents
-        h, w = -(-h >> halvings), -(-w >> halvings)
-        # such a block still has the width of the level that it closes
-        entry_width = widths[
-            max(0, levels[cut - 1] - (1 if (cut - 1) % (self.config.blocks + 1) == 0 else 0))
-        ]
-        inner_level = len(widths) - 1 - levels[self.config.input_blocks - cut - 1]
-        return Features(torch.Size((b, entry_width, h, w))), Features(
-            torch.Size((b, widths[inner_level], h, w))
-        )
+        if at == self.units:
+            return (torch.Size((b, self.config.out_channels, h, w)),)
+        depth = min(at, self.units - at)  # of input blocks on the way there and of those yet to come back
+        # the first block of a level, the first one of all aside, is the downsampling that closes the level before
+        halvings = (depth - 1) // per_level
+        if at <= n:
+            width = widths[max(0, -(-(depth - 1) // per_level) - 1)]
+        else:
+            width = widths[-1 if at == n + 1 else -1 - (at - n - 2) // per_level]
+        return (torch.Size((b, width, -(-h >> halvings), -(-w >> halvings))),)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: UNetConditioning) -> Tensor:
-        cut = self.default_cut()
-        features, skips = self.entry(x, t, conditioning, cut)
-        return self.exit(self.inner(features, t, conditioning, cut), skips, t, conditioning, cut)
+        return self.run((0, self.units), x, {}, t, conditioning, x.shape[2:])

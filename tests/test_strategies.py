@@ -5,7 +5,7 @@ import torch
 
 from hybridiff.denoise import Worker
 from hybridiff.schedule import GUIDED
-from hybridiff.strategies import Reuse, strategies
+from hybridiff.strategies import Reuse
 from hybridiff.switching import SwitchRule
 from hybridiff.transport import Mailbox
 from tests.tiny import make_task, run, run_on_ranks
@@ -28,11 +28,8 @@ def results(tmp_path_factory):
     cases.append((("sdxl", "condition", 3, EARLY), {"guidance": 0.5}))
     cases += [((f, "one-branch", 3, EARLY), {"guidance": 0.5}) for f in FAMILIES]
     cases += [((f, "paper", 12, rule), {}) for f in FAMILIES for rule in (EARLY, CAPPED, TAIL)]
-    cases += [(("sdxl", "paper", 9, CAPPED), {"cuts": (cut,)}) for cut in (1, 3, 4, 6, 8)]
-    cases += [
-        (("sd3", "paper", 9, CAPPED), {"cuts": ((0, 1),)}),
-        (("sd3", "paper", 9, CAPPED), {"cuts": ((0, 3),)}),
-    ]
+    cases += [(("sdxl", "paper", 9, CAPPED), {"cut": cut}) for cut in (1, 3, 4, 6, 8)]
+    cases += [(("sd3", "paper", 9, CAPPED), {"cut": cut}) for cut in (1, 3)]
     cases += [((f, strategy, 12, SPARING), {}) for f in FAMILIES for strategy in OURS]
     return cases, run_on_ranks(tmp_path_factory.mktemp("ranks"), cases)
 
@@ -72,53 +69,45 @@ def test_a_branch_on_several_ranks_is_close_to_serial(family, ranks):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_segments_use_features_of_the_step_before(family):
+def test_spans_use_features_of_the_step_before(family):
     """Four ranks, written out by hand without schedule or store: `equal` to `paper` on four ranks."""
     steps, rule = 12, SwitchRule(window=50, cap=3, interval=7)  # filling step 3, pipelined steps 4 to 10
     played = run(family, "paper", steps, rule, ranks=4)["latents"]
     task = make_task(family, steps)
-    cuts = strategies(family)["paper"].on(4, task.denoiser.config).cuts(task.denoiser)
-    net, told = (
-        task.denoiser,
-        [task.conditioning[text] for text in ("uncond", "uncond", "cond", "cond")],
-    )  # of each rank
+    net, size = task.denoiser, task.noise.shape[2:]
+    spans = net.split(4).spans
+    given = [task.conditioning[branch] for branch in ("uncond", "uncond", "cond", "cond")]  # of each rank
     latents, old = played[2], None
     with torch.inference_mode():
         for i in range(3, 11):
             t = task.sampler.timesteps[i : i + 1]
+
+            def ran(j, x, rank, kept, t=t):
+                return net.run(spans[j], x, kept, t, given[rank], size)
+
+            if i == 3:
+                prediction, crossed = net(latents, t, given[3]), {}
+                for rank in (0, 3):
+                    x, kept, crossed[rank] = latents, {}, []
+                    for j in range(len(spans)):
+                        x = ran(j, x, rank, kept)
+                        crossed[rank].append(x)
             if family == "sd3":  # what each rank hands to the next
-                ends = [0, *(end for _, end in cuts)]
-                start, grid = net.entry(latents, t, told[0], cuts[0])
                 if i == 3:
-                    eps, made = net(latents, t, told[3]), []
-                    for rank in range(3):
-                        tokens = net.entry(latents, t, told[rank], cuts[0])[0]
-                        made.append(net.run_blocks(tokens, t, told[rank], 0, ends[rank + 1]))
+                    made = [crossed[0][0], crossed[0][1], crossed[3][2]]
                 else:
-                    eps = net.exit(old[2], grid, t, told[3], cuts[2])
-                    made = [
-                        net.run_blocks([start, *old][r], t, told[r], ends[r], ends[r + 1]) for r in range(3)
-                    ]
-            else:  # what crosses the three cuts inwards, then outwards
-                if i == 3:
-                    eps, whole = net(latents, t, told[3]), {}
-                    for rank in (3, 0):
-                        e0, s0 = net.entry(latents, t, told[rank], cuts[0])
-                        e1, s1 = net.down(e0, t, told[rank], cuts[0], cuts[1])
-                        e2, s2 = net.down(e1, t, told[rank], cuts[1], cuts[2])
-                        h2 = net.inner(e2, t, told[rank], cuts[2])
-                        h1 = net.up(h2, s2, t, told[rank], cuts[1], cuts[2])
-                        whole[rank] = [e0, e1, e2, net.up(h1, s1, t, told[rank], cuts[0], cuts[1]), h1, h2]
-                    made = [*whole[3][:2], whole[0][2], whole[3][3], *whole[0][4:]]
-                else:
-                    e0, s0 = net.entry(latents, t, told[3], cuts[0])
-                    eps = net.exit(old[3], s0, t, told[3], cuts[0])
-                    e1, s1 = net.down(old[0], t, told[2], cuts[0], cuts[1])
-                    h0 = net.up(old[4], s1, t, told[2], cuts[0], cuts[1])
-                    e2, s2 = net.down(old[1], t, told[1], cuts[1], cuts[2])
-                    h1 = net.up(old[5], s2, t, told[1], cuts[1], cuts[2])
-                    made = [e0, e1, e2, h0, h1, net.inner(old[2], t, told[0], cuts[2])]
-            latents, old = task.sampler.step(latents, eps, i), made
+                    prediction = ran(3, old[2], 3, {})
+                    made = [ran(rank, [latents, *old][rank], rank, {}) for rank in range(3)]
+            elif (
+                i == 3
+            ):  # what crosses the three cuts inwards, then outwards, for the branch of the span's owner
+                made = [*crossed[3][:2], *crossed[0][2:5], crossed[3][5]]
+            else:
+                kept = [{}, {}, {}, {}]
+                made = [ran(0, latents, 3, kept[3]), ran(1, old[0], 2, kept[2]), ran(2, old[1], 1, kept[1])]
+                made += [ran(3, old[2], 0, kept[0]), ran(4, old[3], 1, kept[1]), ran(5, old[4], 2, kept[2])]
+                prediction = ran(6, old[5], 3, kept[3])
+            latents, old = task.sampler.step(latents, prediction, i), made
             assert torch.equal(latents, played[i]), i
 
 
@@ -138,7 +127,7 @@ def test_two_ranks_equal_one_process(results):
     for (arguments, options), ranks in zip(*results):
         if arguments[1] not in ("condition", "one-branch"):
             played = run(*arguments, **options)
-            assert "parallelism" in played["stages"]
+            assert {"parallelism", "skipping"} & set(played["stages"])
             for rank in ranks:
                 assert torch.equal(rank["latents"], played["latents"])
                 assert rank["stages"] == played["stages"]
@@ -166,26 +155,23 @@ def test_pipelined_steps_use_features_of_the_step_before(family):
     steps, rule = 8, SwitchRule(window=50, cap=3, interval=2)  # filling step 3, pipelined steps 4 and 5
     played = run(family, "paper", steps, rule)["latents"]
     task = make_task(family, steps)
-    net, cut, cond, uncond = (
-        task.denoiser,
-        task.cuts[0],
-        task.conditioning["cond"],
-        task.conditioning["uncond"],
-    )
-    latents, previous = played[2], None
+    net, size = task.denoiser, task.noise.shape[2:]
+    spans, cond, uncond = net.split(2).spans, task.conditioning["cond"], task.conditioning["uncond"]
+    latents, old = played[2], None
     with torch.inference_mode():
         for i in (3, 4, 5):
-            t = task.sampler.timesteps[i : i + 1]
-            entry_c, skips = net.entry(latents, t, cond, cut)
-            entry_u, _ = net.entry(latents, t, uncond, cut)
+            t, kept = task.sampler.timesteps[i : i + 1], {}
+            first = net.run(spans[0], latents, kept, t, cond if family == "sdxl" else uncond, size)
             if i == 3:
-                eps = net(latents, t, cond)
-                made = net.inner(entry_u, t, uncond, cut)
+                prediction = net(latents, t, cond)
+                both = net.run(spans[0], latents, {}, t, uncond, size)
+                inner = net.run(spans[1], both, {}, t, uncond, size)
+            elif family == "sdxl":
+                prediction = net.run(spans[2], old[1], kept, t, cond, size)
+                inner = net.run(spans[1], old[0], {}, t, uncond, size)
             else:
-                eps = net.exit(previous[1], skips, t, cond, cut)
-                made = net.inner(previous[0] if family == "sdxl" else entry_u, t, uncond, cut)
-            previous = (entry_c, made)
-            latents = task.sampler.step(latents, eps, i)
+                prediction, inner = net.run(spans[1], old[0], {}, t, cond, size), None
+            latents, old = task.sampler.step(latents, prediction, i), (first, inner)
             assert torch.equal(latents, played[i])
 
 
@@ -203,31 +189,37 @@ def test_nothing_reused_equals_serial(family, strategy):
 
 
 def by_hand(family: str, strategy: str, task, latents):
-    """The guided predictions of steps 1 to 6 with steps 4 and 6 (in the pipeline, 3 to 6) saved; no schedule, no store."""
-    net, cut, guided = task.denoiser, task.cuts[0], {}
-    line = lambda old, new, a, b, i: type(new)(*(y + (i - b) / (b - a) * (y - x) for x, y in zip(old, new)))  # noqa: E731
-    h, predictions = {}, {}  # (text, step) -> inner features, prediction
+    """The guided predictions of steps 1 to 6 with steps 4 and 6 (in the pipeline, 3 to 6) skipped; no schedule, no store."""
+    net, size, guided = task.denoiser, task.noise.shape[2:], {}
+    first, middle, end = net.split(2, nested=True).spans
+
+    def line(old, new, a, b, i):
+        if isinstance(new, torch.Tensor):
+            return new + (i - b) / (b - a) * (new - old)
+        return tuple(y + (i - b) / (b - a) * (y - x) for x, y in zip(old, new))
+
+    h, predictions = {}, {}  # (branch, step) -> inner features, prediction
     for i in range(1, 7):
         t, x = task.sampler.timesteps[i : i + 1], latents[i - 1]
-        for text, told in task.conditioning.items():
-            e, skips = net.entry(x, t, told, cut)
-            h[text, i] = net.inner(e, t, told, cut)
-            used = h[text, i]
+        for branch, given in task.conditioning.items():
+            kept = {}
+            e = net.run(first, x, kept, t, given, size)
+            h[branch, i] = used = net.run(middle, e, {}, t, given, size)
             pipelined = strategy == "guided-pipeline" and i >= 3
             if pipelined:
-                steps = [s for s in (1, 2, 3, 4, 5) if s < i and (s < 3 or (s % 2 == 1) == (text == "cond"))][
-                    -2:
+                steps = [
+                    s for s in (1, 2, 3, 4, 5) if s < i and (s < 3 or (s % 2 == 1) == (branch == "cond"))
                 ]
+                steps = steps[-2:]
             elif strategy == "inner-reuse" and i in (4, 6):
                 steps = {4: [2, 3], 6: [3, 5]}[i]
             if pipelined or (strategy == "inner-reuse" and i in (4, 6)):
-                used = line(h[text, steps[0]], h[text, steps[1]], *steps, i)
-            if not pipelined or (i % 2 == 1) == (text == "cond"):
-                predictions[text, i] = net.exit(used, skips, t, told, cut)
+                used = line(h[branch, steps[0]], h[branch, steps[1]], *steps, i)
+            if not pipelined or (i % 2 == 1) == (branch == "cond"):
+                predictions[branch, i] = net.run(end, used, kept, t, given, size)
             else:
                 a, b = steps
-                old, new = predictions[text, a], predictions[text, b]
-                predictions[text, i] = new + (i - b) / (b - a) * (new - old)
+                predictions[branch, i] = line(predictions[branch, a], predictions[branch, b], a, b, i)
         cond, uncond = predictions["cond", i], predictions["uncond", i]
         guided[i] = uncond + task.guidance * (cond - uncond)
         if strategy == "step-extrapolation" and i in (4, 6):
@@ -247,7 +239,7 @@ def test_our_formulas(family, strategy):
     )
     assert strategy == "guided-pipeline" or reuse.spread(8) == [4, 6]
     played = run(family, strategy, 8, reuse)["latents"]
-    task = make_task(family, 8, nested=strategy != "step-extrapolation")
+    task = make_task(family, 8)
     with torch.inference_mode():
         guided = by_hand(family, strategy, task, played)
         for i in range(1, 7):

@@ -12,10 +12,11 @@ import torch.multiprocessing as mp
 
 from hybridiff.denoise import Task, denoise
 from hybridiff.samplers import make_sampler
-from hybridiff.strategies import Reuse, Settings, strategies
+from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
 from hybridiff.transport import Mailbox, connect, disconnect
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
+from models.tape import spans_between
 from models.unet import UNet, UNetConditioning, UNetConfig
 
 UNET = UNetConfig(
@@ -45,8 +46,6 @@ def make_task(
     seed: int = 0,
     guidance: float = 5.0,
     sampler: str | None = None,
-    cuts=None,
-    nested: bool = False,
     dual: int = 0,
 ) -> Task:
     """A task on random weights; the same seed gives the same task in every process."""
@@ -57,8 +56,7 @@ def make_task(
     kind = UNetConditioning if family == "sdxl" else MMDiTConditioning
     conditioning = {text: kind(torch.randn(1, 6, 24), torch.randn(1, 20)) for text in ("cond", "uncond")}
     noise = torch.randn(1, 4, 8, 12)
-    cuts = cuts or (denoiser.nested_cut() if nested else denoiser.default_cut(),)
-    return Task(denoiser.eval(), cuts, make_sampler(family, sampler, steps), conditioning, guidance, noise)
+    return Task(denoiser.eval(), make_sampler(family, sampler, steps), conditioning, guidance, noise)
 
 
 def run(
@@ -68,16 +66,19 @@ def run(
     rule: SwitchRule | Reuse,
     transport=None,
     ranks: int | None = None,
+    cut: int | None = None,
     **options,
 ) -> dict:
-    """Latents after every step, stages, discrepancies and bytes, in one process or on this rank."""
+    """Latents after every step, stages, discrepancies and bytes, in one process or on this rank.
+
+    `cut`: where two ranks split the network, if elsewhere than usual: after so many blocks of the MMDiT or input blocks of the U-Net.
+    """
     torch.set_num_threads(1)
     transport = transport or Mailbox()
-    chosen = strategies(family)[strategy].on(
-        ranks or strategies(family)[strategy].ranks, UNET if family == "sdxl" else MMDIT
-    )
     task = make_task(family, steps, **options)
-    task = replace(task, cuts=options.get("cuts") or chosen.cuts(task.denoiser))
+    chosen = STRATEGIES[strategy].on(task.denoiser, ranks)
+    if cut:
+        chosen = split_at(chosen, cut)
     settings = Settings(steps, reuse=rule) if isinstance(rule, Reuse) else Settings(steps, rule)
     records = list(denoise(task, chosen, settings, transport))
     return {
@@ -120,3 +121,10 @@ def run_on_ranks(folder: Path, arguments: list[tuple[tuple, dict]], ranks: int =
     """For each set of arguments of `run`, the results of all ranks, from one set of spawned processes."""
     mp.spawn(on_rank, (ranks, free_port(len(arguments)), str(folder), arguments), nprocs=ranks)
     return [[torch.load(folder / f"{i}-{rank}.pt") for rank in range(ranks)] for i in range(len(arguments))]
+
+
+def split_at(strategy: Strategy, cut: int) -> Strategy:
+    """A strategy of two ranks that splits the network after so many blocks, or input blocks of the U-Net."""
+    units, nested = strategy.partition.units, len(strategy.partition.spans) == 3
+    spans = spans_between((cut, units - cut) if nested else (cut,), units)
+    return replace(strategy, partition=strategy.partition._replace(spans=spans))

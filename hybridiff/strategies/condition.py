@@ -1,7 +1,11 @@
-"""Condition-based partitioning (paper, Sec. 4.1): one branch a rank, equal to serial at half its time. More ranks: `sharing.py`."""
+"""Condition-based partitioning, or CFG parallel (paper, Sec. 4.1): one branch a rank, equal to serial in half its time.
 
-from typing import Sequence
+More ranks: `sequence_parallel.py`.
+"""
 
+from collections.abc import Sequence
+
+from hybridiff.partition import BRANCHES, Partition
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
@@ -14,30 +18,30 @@ from hybridiff.schedule import (
     Step,
     StepPlan,
 )
+from hybridiff.strategies.sequence_parallel import divided, evaluate, exchange, output_of
 from hybridiff.strategies.settings import Settings
-from hybridiff.strategies.sharing import TEXTS, evaluate, exchange, made_by
 
 
 def guided_step(
-    before: Sequence[Sequence[Operation]], tell: bool, blocks: int = 0
+    evaluations: Sequence[Sequence[Operation]], partition: Partition, share: bool = False
 ) -> tuple[tuple[Operation, ...], ...]:
-    """Exchange the predictions that `before` leaves (see `made_by`: uncond on the first half of the ranks), guide and step on every rank.
+    """Exchange the predictions that the evaluations leave (`output_of`), then guide and step on every rank.
 
-    Rank 0 alone measures the discrepancy. With `tell` it sends the scalar on, so that all decide on the switch from the same bits.
+    Rank 0 alone measures the discrepancy. With `share` it sends the scalar on, so that all decide on the switch from the same bits.
     """
-    ranks = len(before)
-    made = [made_by(rank, ranks, blocks) for rank in range(ranks)]
-    join = [Join(text, ranks // 2) for text in TEXTS if made[0].of]
-    measure = [Measure(), *(Send(DISCREPANCY, to=other) for other in range(1, ranks) if tell)]
-    told = [Receive(DISCREPANCY, source=0)] if tell else []
+    ranks = range(partition.ranks)
+    join = [Join(branch, partition.ranks // 2) for branch in BRANCHES if divided(partition)]
+    measure = [Measure(), *(Send(DISCREPANCY, to=other) for other in ranks[1:] if share)]
+    receive = [Receive(DISCREPANCY, source=0)] if share else []
+    exchanged = exchange([output_of(rank, partition) for rank in ranks])
     return tuple(
-        (*mine, *exchanged, *join, *(told if rank else measure), Guide(), Step(GUIDED))
-        for rank, (mine, exchanged) in enumerate(zip(before, exchange(made)))
+        (*evaluations[rank], *exchanged[rank], *join, *(receive if rank else measure), Guide(), Step(GUIDED))
+        for rank in ranks
     )
 
 
 def condition(
-    step: int, history: Sequence[float | None], settings: Settings, ranks: int = 2, blocks: int = 0
+    step: int, history: Sequence[float | None], settings: Settings, partition: Partition
 ) -> StepPlan:
     """The first half of the ranks evaluates the network without the prompt, the second with it; one exchange of predictions a step."""
-    return StepPlan("warm-up", guided_step(evaluate(ranks, blocks), tell=False, blocks=blocks))
+    return StepPlan("warm-up", guided_step(evaluate(partition), partition))
