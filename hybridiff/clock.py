@@ -22,7 +22,9 @@ class Bar(NamedTuple):
 
 def kind(operation: Operation) -> str:
     """What an operation's time counts as."""
-    return {Run: "run", Project: "run", Attend: "run", Send: "send", Receive: "wait"}.get(type(operation), "other")
+    return {Run: "run", Project: "run", Attend: "run", Send: "send", Receive: "wait"}.get(
+        type(operation), "other"
+    )
 
 
 class Clock:

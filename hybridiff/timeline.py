@@ -33,7 +33,9 @@ from models.tape import Shard
 
 ZOOM = 6  # steps of the middle stage that are drawn in detail, with those around them
 
-Costs = dict[object, float]  # `work` of a computation -> cost for one branch, in evaluations of the whole network
+Costs = dict[
+    object, float
+]  # `work` of a computation -> cost for one branch, in evaluations of the whole network
 
 
 @torch.inference_mode()
@@ -44,7 +46,9 @@ def part_costs(task: Task, strategy: Strategy, plans: Sequence[StepPlan] = ()) -
     """
     meta, conditioning = torch.device("meta"), next(iter(task.conditioning.values()))
     conditioning = type(conditioning)(*(None if t is None else t.to(meta) for t in conditioning))
-    task = replace(task, noise=task.noise.to(meta), conditioning={"cond": conditioning, "uncond": conditioning})
+    task = replace(
+        task, noise=task.noise.to(meta), conditioning={"cond": conditioning, "uncond": conditioning}
+    )
     whole, spans = strategy.partition.whole("cond"), strategy.partition.spans
     parts: list[Computation] = [whole, *(strategy.partition.run(span, "cond") for span in spans)]
     shards = [run for plan in plans for run in plan.runs() if not isinstance(run, Run)]
@@ -170,7 +174,9 @@ def explain(name: str, strategy: Strategy, settings: Settings, task: Task) -> st
     pieces = [f"{name}: {settings.steps} steps on {ranks}{drawn}"]
     if len(strategy.partition.spans) > 1:
         shares = (f"{a}-{b - 1} {costs[a, b]:.0%}" for a, b in strategy.partition.spans)
-        pieces.append(f"units of the network, with shares of its floating-point operations: {', '.join(shares)}")
+        pieces.append(
+            f"units of the network, with shares of its floating-point operations: {', '.join(shares)}"
+        )
     pieces += tables(plans)
     first, last = detail([step for step, plan in enumerate(plans) if plan.stage in MIDDLE] or [1])
     shown = [bar for bar in bars if first <= bar.step <= last]

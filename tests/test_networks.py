@@ -4,7 +4,7 @@ The weights are carried over through weights/layouts.py and the configs sniffed 
 and biases too, so that a tensor in the wrong place cannot hide.
 """
 
-from itertools import combinations_with_replacement
+from itertools import combinations
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.embeddings import sinusoid
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
+from models.tape import Shard
 from models.unet import UNet, UNetConditioning, UNetConfig
 from weights import sniff
 from weights.layouts import translate
@@ -172,14 +173,7 @@ def test_every_cut_of_the_unet_equals_forward(blocks: int, height: int, width: i
         torch.tensor([700.0]),
         UNetConditioning(noise(1, 5, 24), noise(1, 20)),
     )
-    expected = net(x, t, conditioning)
-    for cut in range(1, config.input_blocks):
-        features, skips = net.entry(x, t, conditioning, cut)
-        result = net.inner(features, t, conditioning, cut)
-        assert (features.hidden.shape, result.hidden.shape) == tuple(
-            f.hidden for f in net.crossing(x.shape, 5, cut)
-        )
-        assert torch.equal(net.exit(result, skips, t, conditioning, cut), expected)
+    check_every_span(net, x, t, conditioning)
 
 
 @pytest.mark.parametrize("vector_width", [20, None])
@@ -212,7 +206,7 @@ def test_the_mmdit_refuses_latents_beyond_its_grid_or_between_patches(height: in
     with pytest.raises(ValueError, match=words):
         net(x, t, conditioning)
     with pytest.raises(ValueError, match=words):
-        net.begin(x, t, conditioning, 1, 2)
+        net.project(0, x, t, conditioning, x.shape[2:], Shard(0, 2))
 
 
 @torch.inference_mode()
@@ -225,11 +219,24 @@ def test_every_cut_of_the_mmdit_equals_forward():
         torch.tensor([700.0]),
         MMDiTConditioning(noise(1, 5, 24), noise(1, 20)),
     )
-    expected = net(x, t, conditioning)
-    for cut in combinations_with_replacement(range(config.depth + 1), 2):
-        tokens, grid = net.entry(x, t, conditioning, cut)
-        result = net.inner(tokens, t, conditioning, cut)
-        shapes = net.crossing(x.shape, 5, cut)
-        assert tuple(tensor.shape for tensor in tokens) == shapes[0]
-        assert tuple(tensor.shape for tensor in result) == shapes[1]
-        assert torch.equal(net.exit(result, grid, t, conditioning, cut), expected)
+    check_every_span(net, x, t, conditioning)
+
+
+def check_every_span(net: nn.Module, x: Tensor, t: Tensor, conditioning: tuple) -> None:
+    """`equal` to forward: one unit after the other, and every pair of cuts (of a U-Net: nested ones, skips kept apart); shapes as told."""
+    size, units, nested = x.shape[2:], net.units, isinstance(net, UNet)
+    expected, crossing, features, kept = net(x, t, conditioning), [], x, {}
+    for unit in range(units):
+        features = net.run((unit, unit + 1), features, kept, t, conditioning, size)
+        crossing.append(features)
+        tensors = (features,) if isinstance(features, Tensor) else features
+        assert tuple(tensor.shape for tensor in tensors) == net.shapes(unit + 1, x.shape, 5)
+    assert torch.equal(features, expected)
+    middle = units // 2 if nested else units
+    for a, b in combinations(range(1, middle), 2):
+        ends = (0, a, b, units - b, units - a, units) if nested else (0, a, b, units)
+        kept, features = [{}, {}, {}], x
+        for j, span in enumerate(zip(ends, ends[1:])):
+            mirrored = min(j, len(ends) - 2 - j) if nested else 0
+            features = net.run(span, features, kept[mirrored], t, conditioning, size)
+        assert torch.equal(features, expected), ends

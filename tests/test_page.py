@@ -16,7 +16,7 @@ from PIL import Image
 import train_free_sample
 from hybridiff.charts import nice, slope_chart
 from hybridiff.page import full_step_words, psnr
-from hybridiff.strategies import strategies
+from hybridiff.strategies import STRATEGIES
 from hybridiff.switching import SwitchRule
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -184,7 +184,7 @@ def test_serial_needs_a_report(monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("strategy", strategies("sdxl"))
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_has_a_page(strategy, monkeypatch, tmp_path):
     """Also with one step, where there is no slope and no switch."""
     options = [

@@ -8,25 +8,29 @@ import pytest
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
+    Attend,
     Extrapolate,
     Guide,
     Join,
     Measure,
+    Name,
+    Project,
     Receive,
     Run,
     ScheduleError,
     Send,
     Step,
     StepPlan,
-    Value,
-    ahead,
     check,
+    extrapolated,
+    features,
     keys,
     prediction,
 )
-from hybridiff.strategies import Reuse, Settings, strategies
+from hybridiff.strategies import STRATEGIES, Reuse, Settings
 from hybridiff.switching import SwitchRule, find_switch
-from tests.tiny import MMDIT, UNET
+from models.tape import Shard
+from tests.tiny import make_task
 
 
 def random_case(rng: random.Random) -> tuple[list[float], Settings]:
@@ -44,26 +48,21 @@ def random_case(rng: random.Random) -> tuple[list[float], Settings]:
 def test_every_plan_is_sound():
     """Every send meets its receive in order, features sent are used, nobody waits for ever, every rank steps once; 400 seeded cases, some of
     them on 4, 6 and 8 ranks."""
-    rng = random.Random(0)
+    rng, networks = random.Random(0), {family: make_task(family, 1).denoiser for family in ("sdxl", "sd3")}
     for case in range(200):
         history, settings = random_case(rng)
-        for family, config in (("sdxl", UNET), ("sd3", MMDIT)):
-            ranks = rng.choice((4, 6, 8))
-            several = [
-                strategy.on(ranks, config)
-                for strategy in strategies(family).values()
-                if strategy.many and case % 10 == 0
-            ]
-            for strategy in [*strategies(family).values(), *several]:
-                kept, unread = (
-                    {},
-                    {},
-                )  # rank -> value -> how many results of it that rank has had, has received and not used, over the steps
+        for family, net in networks.items():
+            ranks = rng.choice((4, 6, 8)) if family == "sdxl" else rng.choice((4, 6))
+            several = [s.on(net, ranks) for s in STRATEGIES.values() if s.many and case % 10 == 0]
+            for strategy in [*(s.on(net) for s in STRATEGIES.values()), *several]:
+                # rank -> name -> how many results of it that rank has had, has received and not used, over the steps
+                store, unread, kept = {}, {}, {}
                 for step in range(settings.steps):
                     plan = strategy.plan(step, history[:step], settings)
                     assert len(plan.operations) == strategy.ranks
                     check(plan)
-                    assert_sources_exist(plan, kept)
+                    assert_sources_exist(plan, store)
+                    assert_skips_exist(plan, kept, family, net.units)
                     assert_features_are_used(plan, unread)
                 assert not any(unread.values()), f"{family} {strategy.ranks} {settings}: {unread}"
 
@@ -74,66 +73,73 @@ def assert_features_are_used(plan: StepPlan, unread: dict[int, Counter]) -> None
         waiting = unread.setdefault(rank, Counter())
         for operation in operations:
             match operation:
-                case Receive(value) if value.what in ("entry", "inner"):
-                    waiting[value] += 1
-                case Run(source=value):
-                    assert waiting.pop(value, 0) <= 1, f"rank {rank}: {operation}"
-                case Extrapolate(value, made):
-                    assert waiting.pop(value, 0) <= len(made), f"rank {rank}: {operation}"
+                case Receive(name) if name.what == "features":
+                    waiting[name] += 1
+                case Run(source=name):
+                    assert waiting.pop(name, 0) <= 1, f"rank {rank}: {operation}"
+                case Extrapolate(name, steps):
+                    assert waiting.pop(name, 0) <= len(steps), f"rank {rank}: {operation}"
 
 
-def assert_sources_exist(plan: StepPlan, kept: dict[int, Counter]) -> None:
+def assert_skips_exist(plan: StepPlan, kept: dict[tuple, set], family: str, units: int) -> None:
+    """A U-Net's way out runs on the rank that ran the way in, for the same branch, in the same step."""
+    for rank, operations in enumerate(plan.operations):
+        for run in operations:
+            if isinstance(run, Run) and run.branch != "both" and family == "sdxl":
+                skips = kept.setdefault((rank, run.branch), set())
+                for unit in range(*run.span):
+                    if unit < units // 2:
+                        skips.add(unit)
+                    elif unit > units // 2:
+                        assert units - 1 - unit in skips, f"rank {rank}: {run}"
+                        skips.remove(units - 1 - unit)
+
+
+def assert_sources_exist(plan: StepPlan, stores: dict[int, Counter]) -> None:
     """What an operation reads has been made or received before it, in this step or an earlier one, as often as it needs."""
     for rank, operations in enumerate(plan.operations):
-        store = kept.setdefault(rank, Counter())
+        store = stores.setdefault(rank, Counter())
         for operation in operations:
+            where = f"rank {rank}: {operation}"
             match operation:
-                case Run(part, text, source, _, at, of, block):
-                    assert source is None or store[source], f"rank {rank}: {operation}"
-                    if part in ("keys", "attend", "end"):
-                        assert store[Value("slice", text)], f"rank {rank}: {operation}"
-                    if part == "attend":
-                        assert all(store[keys(text, other, of, block)] for other in range(1, of + 1)), (
-                            f"rank {rank}: {operation}"
-                        )
-                    if part in ("up", "exit"):
-                        assert store[Value("skips", text, at=at if part == "up" else 0)], (
-                            f"rank {rank}: {operation}"
-                        )
-                    if part in ("entry", "down"):
-                        store[Value("skips", text, at=at)] += 1
-                    store.update(
-                        [prediction("cond"), prediction("uncond")] if text == "both" else [operation.leaves]
-                    )
-                case Join(text, of):
-                    assert all(store[prediction(text, at, of)] for at in range(1, of + 1)), (
-                        f"rank {rank}: {operation}"
-                    )
-                    store[prediction(text)] += 1
-                case Receive(value):
-                    store[value] += 1
-                case Extrapolate(value, made):
-                    assert store[value] >= len(made) and list(made) == sorted(set(made)), (
-                        f"rank {rank}: {operation}"
-                    )
-                    store[ahead(value)] = 1
+                case Run(_, branch, output, source):
+                    assert source is None or store[source], where
+                    both = prediction("cond"), prediction("uncond")
+                    store.update(both if branch == "both" else [output])
+                case Project(branch, unit, shard):
+                    assert unit == 0 or store.pop(features(branch, unit, shard), 0), where
+                    store.update([operation.output, Name("state", branch)])
+                case Attend(branch, unit, shard, output):
+                    assert store.pop(Name("state", branch), 0), where
+                    every = [keys(branch, unit, Shard(index, shard.count)) for index in range(shard.count)]
+                    assert all(store.pop(name, 0) for name in every), where
+                    store[output] += 1
+                case Join(branch, count):
+                    rows = [prediction(branch, Shard(index, count)) for index in range(count)]
+                    assert all(store.pop(name, 0) for name in rows), where
+                    store[prediction(branch)] += 1
+                case Receive(name):
+                    store[name] += 1
+                case Extrapolate(name, steps):
+                    assert store[name] >= len(steps) and list(steps) == sorted(set(steps)), where
+                    store[extrapolated(name)] = 1
                 case Guide(cond, uncond):
-                    assert store[cond] and store[uncond], f"rank {rank}: {operation}"
+                    assert store[cond] and store[uncond], where
                     store[GUIDED] += 1
                 case Measure():
                     store[DISCREPANCY] += 1
-                case Send(value) | Step(value):
-                    assert store[value], f"rank {rank}: {operation}"
-        for value in [value for value in store if value.ahead]:
-            del store[value]  # good for this step only
+                case Send(name) | Step(name):
+                    assert store[name], where
+        for name in [name for name in store if name.extrapolated]:
+            del store[name]  # good for this step only
 
 
 def test_stages_follow_the_switch():
     """Warm-up, then k steps (by slope) or k + 1 (by the cap), then fully-connecting, cut at the last step."""
-    rng = random.Random(1)
+    rng, paper = random.Random(1), STRATEGIES["paper"].on(make_task("sdxl", 1).denoiser)
     for _ in range(200):
         history, settings = random_case(rng)
-        plan = strategies("sdxl")["paper"].plan
+        plan = paper.plan
         stages = [plan(step, history[:step], settings).stage for step in range(settings.steps)]
         switch = find_switch(history, settings.rule)
         if switch is None:

@@ -16,8 +16,8 @@ from tiny import free_port, make_task, run
 import hybridiff.transport
 from hybridiff.denoise import denoise
 from hybridiff.errors import UsageError
-from hybridiff.schedule import Value
-from hybridiff.strategies import Settings, strategies
+from hybridiff.schedule import Name
+from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
 from hybridiff.transport import Mailbox, Ranks, connect, disconnect, nccl_problem
 
@@ -42,7 +42,7 @@ def on_rank(rank: int, world: int, port: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     transport = connect(timedelta(seconds=60))
     transport.open_lanes(CPU)
-    name = Value("prediction", "cond")
+    name = Name("prediction", "cond")
 
     def receive(sender: int, number: int) -> None:
         wanted = message(sender, number)
@@ -197,7 +197,7 @@ def on_gpu(rank: int, port: int, folder: str) -> None:
         for text, value in task.conditioning.items()
     }
     task = replace(task, denoiser=task.denoiser.to(device), conditioning=told, noise=task.noise.to(device))
-    records = list(denoise(task, strategies("sdxl")["paper"], Settings(8, RULE), transport))
+    records = list(denoise(task, STRATEGIES["paper"].on(task.denoiser), Settings(8, RULE), transport))
     torch.save([transport.backend, records[-1].latents.cpu()], Path(folder) / str(rank))
     transport.leave()
 

@@ -12,13 +12,16 @@ from test_command_line import torchrun
 
 from hybridiff.denoise import Worker
 from hybridiff.errors import UsageError
-from hybridiff.pipeline import Request, meta_task, plan_request
+from hybridiff.partition import weights_needed
+from hybridiff.pipeline import Request, plan_request
 from hybridiff.schedule import DISCREPANCY, interleave
-from hybridiff.segments import balanced, best_cuts, even, in_segments, weights_needed
-from hybridiff.strategies import Settings, strategies
+from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
 from hybridiff.timeline import idle_ranks, runs_of, unit_times
 from hybridiff.transport import Mailbox
+from models.mmdit import MMDiT, MMDiTConfig
+from models.tape import best_cuts
+from models.unet import UNet, UNetConfig
 from tests.tiny import make_task, run
 from weights.load import open_checkpoint
 
@@ -28,14 +31,15 @@ ASKED = Request(prompt="", negative_prompt=None, steps=9, guidance=5.0, height=1
 
 
 def slowest(times: list[list[float]], cuts: tuple[int, ...]) -> float:
-    """The time of the slowest segment."""
+    """The time of the slowest part."""
     ends = [0, *cuts, len(times[0])]
     return max(sum(own[a:b]) for own, a, b in zip(times, ends, ends[1:]))
 
 
 def test_best_cuts():
     """By hand; and in seeded cases no cuts are better than the chosen ones."""
-    assert even([1] * 6, 2) == (3,) and even([1, 1, 1, 9], 2) == (3,) and even([5] * 4, 4) == (1, 2, 3)
+    assert best_cuts([[1] * 6] * 2) == (3,) and best_cuts([[1, 1, 1, 9]] * 2) == (3,)
+    assert best_cuts([[5] * 4] * 4) == (1, 2, 3)
     assert best_cuts([[1] * 6, [2] * 6]) == (4,)  # half as fast, half as much
     rng = random.Random(0)
     for _ in range(50):
@@ -46,39 +50,70 @@ def test_best_cuts():
         assert slowest(times, best_cuts(times)) == min(slowest(times, cuts) for cuts in every)
 
 
+# positions of the cuts at full size, as the released code (two ranks) and the project's first release had them
+FULL_SIZE = [
+    (UNet, UNetConfig(), 2, (7, 12)),
+    (UNet, UNetConfig(), 4, (5, 7, 8, 11, 12, 14)),
+    (UNet, UNetConfig(), 8, (2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17)),
+    (MMDiT, MMDiTConfig(), 2, (12,)),
+    (MMDiT, MMDiTConfig(), 4, (6, 12, 18)),
+]
+
+
+@pytest.mark.parametrize("network, config, ranks, cuts", FULL_SIZE)
+def test_where_the_networks_are_split(network, config, ranks, cuts):
+    with torch.device("meta"):
+        net = network(config)
+    spans, owners = net.split(ranks)
+    assert tuple(start for start, _ in spans[1:]) == cuts and (spans[0][0], spans[-1][1]) == (0, net.units)
+    inwards = list(range(ranks))
+    assert owners == tuple([*inwards[::-1], *inwards[1:]] if network is UNet else inwards)
+    with pytest.raises(ValueError, match="cannot be split over 40 ranks"):
+        net.split(40)
+
+
+def test_a_split_with_both_ends_on_one_rank():
+    """What inner-reuse and guided-pipeline ask for: rank 0 owns the units in the middle."""
+    with torch.device("meta"):
+        assert MMDiT(MMDiTConfig()).split(2, nested=True) == (((0, 6), (6, 18), (18, 24)), (1, 0, 1))
+        assert UNet(UNetConfig()).split(2, nested=True) == (((0, 7), (7, 12), (12, 19)), (1, 0, 1))
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_a_slower_device_gets_the_smaller_part(family):
-    """Rank 0 three times as slow: its part, the innermost ring or the first blocks, shrinks."""
+    """Rank 0 three times as slow: its spans, the innermost or the first one, shrink."""
     net = make_task(family, 1).denoiser
-    units = net.config.segments
-    (alike,), (slow,) = (balanced(net, [[times] * units, [1.0] * units]) for times in (1.0, 3.0))
-    assert slow > alike if family == "sdxl" else slow[1] < alike[1]
-    assert len(balanced(net, [[1.0] * units] * 4)) == 3
+
+    def units_of_rank_0(times: float) -> int:
+        split = net.split(2, [[times] * net.units, [1.0] * net.units])
+        return sum(stop - start for (start, stop), owner in zip(*split) if owner == 0)
+
+    assert units_of_rank_0(3.0) < units_of_rank_0(1.0)
+    assert max(net.split(4, [[1.0] * net.units] * 4).owners) == 3
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-@pytest.mark.parametrize("segments", [2, 4, 6])
-def test_segments_together_are_the_network(family, segments):
-    """`equal`: the prediction of all segments one after the other, however it is cut."""
+@pytest.mark.parametrize("ranks", [1, 2, 4, 6])
+def test_spans_together_are_the_network(family, ranks):
+    """`equal`: the prediction of all spans one after the other, however the network is split."""
     task = make_task(family, 1)
-    net, units = task.denoiser, task.denoiser.config.segments
-    worker = Worker(0, replace(task, cuts=net.cuts(even(net.unit_sizes(), segments))), Mailbox())
+    strategy, worker = STRATEGIES["paper"].on(task.denoiser, ranks), Worker(0, task, Mailbox())
     with torch.inference_mode():
-        for _, operation in in_segments(net, "cond", segments):
-            worker.run(operation, 0)
-        whole = net(
+        for span in strategy.partition.spans:
+            operation = strategy.partition.run(span, "cond")
+            worker.compute(operation, 0)
+        whole = task.denoiser(
             task.sampler.network_input(worker.latents, 0),
             task.sampler.timesteps[:1],
             task.conditioning["cond"],
         )
-    assert torch.equal(worker.store[operation.leaves], whole)
-    assert {unit for unit, _ in in_segments(net, "cond", units)} == set(range(units))
+    assert torch.equal(worker.store[operation.output], whole)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_every_unit_takes_time(family):
     times = unit_times(make_task(family, 1), repeats=1)
-    assert len(times) == make_task(family, 1).denoiser.config.segments and min(times) > 0
+    assert len(times) == make_task(family, 1).denoiser.units and min(times) > 0
 
 
 @pytest.mark.parametrize("interval", [0, 5])
@@ -87,19 +122,16 @@ def test_each_rank_runs_on_the_weights_that_it_holds(interval):
     rule, steps = replace(CAPPED, interval=interval), 12
     played = run("sdxl", "paper", steps, rule, ranks=4)["latents"]
     task, mailbox = make_task("sdxl", steps), Mailbox()
-    strategy, settings = strategies("sdxl")["paper"].on(4, task.denoiser.config), Settings(steps, rule)
-    cuts, workers, held = strategy.cuts(task.denoiser), [], []
+    strategy, settings = STRATEGIES["paper"].on(task.denoiser, 4), Settings(steps, rule)
+    workers, held = [], []
     for rank in range(4):
-        net, names = (
-            deepcopy(task.denoiser),
-            weights_needed(task.denoiser, cuts, runs_of(strategy, settings, rank)),
-        )
+        net, names = deepcopy(task.denoiser), weights_needed(task.denoiser, runs_of(strategy, settings, rank))
         state = {
             name: tensor if names is None or name.startswith(names) else tensor.to("meta")
             for name, tensor in net.state_dict().items()
         }
         net.load_state_dict(state, assign=True)
-        workers.append(Worker(rank, replace(task, denoiser=net, cuts=cuts), mailbox))
+        workers.append(Worker(rank, replace(task, denoiser=net), mailbox))
         held.append(sum(tensor.numel() for tensor in state.values() if not tensor.is_meta))
     assert held[0] == held[2] > sum(held[1::2]) and (min(held) > 0 or interval == 0)
     history: list[float | None] = []
@@ -136,10 +168,7 @@ def test_counts_of_ranks(family, counts):
             asked = replace(ASKED, strategy=name)
             if ranks == 1 or str(ranks) in counts.partition("or")[2]:
                 strategy, _ = plan_request(checkpoint, asked, ranks)
-                assert (
-                    strategy.ranks == max(2, ranks)
-                    and len(meta_task(checkpoint, asked, ranks).cuts) == strategy.ranks - 1
-                )
+                assert strategy.ranks == max(strategy.partition.owners) + 1 == max(2, ranks)
             else:
                 with pytest.raises(UsageError, match=f"runs on {counts} with this network, not on {ranks}"):
                     plan_request(checkpoint, asked, ranks)
@@ -155,10 +184,10 @@ def test_idle_ranks_are_named():
         ("paper", "idle outside of the middle stage: ranks 1, 3"),
         ("step-extrapolation", "idle all the time: ranks 1, 3"),
     ):
-        strategy = strategies("sdxl")[name].on(4, make_task("sdxl", 1).denoiser.config)
-        assert idle_ranks(strategy, Settings(20, CAPPED)).startswith(words)
-        assert idle_ranks(strategies("sdxl")[name], Settings(20, CAPPED)) is None
-    strategy = strategies("sd3")["paper"].on(4, make_task("sd3", 1).denoiser.config)
+        net = make_task("sdxl", 1).denoiser
+        assert idle_ranks(STRATEGIES[name].on(net, 4), Settings(20, CAPPED)).startswith(words)
+        assert idle_ranks(STRATEGIES[name].on(net), Settings(20, CAPPED)) is None
+    strategy = STRATEGIES["paper"].on(make_task("sd3", 1).denoiser, 4)
     assert idle_ranks(strategy, Settings(20, CAPPED)) is None
 
 
