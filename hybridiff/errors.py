@@ -1,6 +1,6 @@
 """The one exception that means: the user can mend this. Its message is one sentence: what, where, what to do."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
