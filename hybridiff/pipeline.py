@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridiff.clock import Bar
 from hybridiff.denoise import StepRecord, Task, denoise
-from hybridiff.errors import SharedError, UsageError, require_finite
+from hybridiff.errors import SharedError, UsageError, remedy, require_finite
 from hybridiff.memory import MemoryWatch
 from hybridiff.samplers import Sampler, make_sampler
 from hybridiff.schedule import Computation
@@ -209,9 +209,8 @@ def decode(
         )[0]
     else:
         image = (vae.decode(raw) if tile == (height, width) else decode_tiled(vae, raw, tile, OVERLAP))[0]
-    require_finite(
-        image, "decoder", "image", "the latents are finite, so try a file with another autoencoder"
-    )
+    other = "take a file with another autoencoder"
+    require_finite(image, "decoder", "image", lambda: remedy(checkpoint, "vae", torch.float32, other))
     return (
         ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()
     )  # (C, H, W) -> (H, W, C)
@@ -329,13 +328,15 @@ def generate(
     ]
     del task, denoiser
     problem = None
+
+    def advice() -> str:
+        return remedy(checkpoint, "denoiser", request.dtype, "try a smaller --guidance")
+
     try:
         for record in records:
             where = f"denoiser, step {record.step} ({record.stage})"
-            require_finite(
-                record.latents, where, "latents", "try --dtype bfloat16 or float32, or a smaller --guidance"
-            )
-    except UsageError as error:
+            require_finite(record.latents, where, "latents", advice)
+    except (UsageError, WeightsError) as error:
         problem = str(error)
     agree(transport, problem)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridiff.errors import require_finite
+from hybridiff.errors import remedy, require_finite
 from models.embeddings import sinusoid
 from models.mmdit import MMDiTConditioning
 from models.unet import UNetConditioning
@@ -26,11 +26,14 @@ def run_encoder(
         return []
     tokenizer, encoder = checkpoint.tokenizer(part), checkpoint.load(part, dtype, device, stored=stored)
     results = [encoder(tokenizer(text).to(device)) for text in texts]
+    other = "take a file with another text encoder"
     for result in results:
         named = {"text": result} if isinstance(result, Tensor) else dict(zip(("text", "pooled text"), result))
         for name, tensor in named.items():
             if tensor is not None:
-                require_finite(tensor, f"text encoder {part}", name, "try --dtype bfloat16 or float32")
+                require_finite(
+                    tensor, f"text encoder {part}", name, lambda: remedy(checkpoint, part, dtype, other)
+                )
     return results
 
 

@@ -1,5 +1,6 @@
 """A NaN names the stage and the tensor where it appeared; large pictures are decoded in tiles on request."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hybridiff.pipeline import Request, decode, generate
 from hybridiff.presets import PAPER_RULES
 from hybridiff.transport import Mailbox
 from weights.load import open_checkpoint
+from weights.parts import PREFIXES
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -23,7 +25,7 @@ REQUEST = Request(prompt="a red circle", negative_prompt="blue", steps=3, guidan
     ("sdxl", "clip_l", "text_model.encoder.layers.0.mlp.fc1.bias", ("text encoder clip_l", "of the text")),
     ("sdxl", "clip_g", "text_projection.weight", ("text encoder clip_g", "of the pooled text")),
     ("sd3", "t5", "encoder.final_layer_norm.weight", ("text encoder t5", "of the text")),
-    ("sdxl", "denoiser", "out.2.bias", ("denoiser, step 0 (warm-up)", "latents", "--dtype")),
+    ("sdxl", "denoiser", "out.2.bias", ("denoiser, step 0 (warm-up)", "latents")),
     ("sdxl", "vae", "decoder.conv_out.bias", ("decoder", "image")),
 ])  # fmt: skip
 def test_nan_names_stage_and_tensor(family: str, part: str, key: str, words: tuple[str, ...], tmp_path: Path):
@@ -33,6 +35,27 @@ def test_nan_names_stage_and_tensor(family: str, part: str, key: str, words: tup
     with pytest.raises(UsageError) as caught:
         generate(checkpoint, REQUEST, Mailbox(), CPU)
     assert all(word in str(caught.value) for word in words), caught.value
+    assert f"tensor {PREFIXES[family][part]}{key.removesuffix('.weight')}" in str(caught.value)
+    assert f"in {tmp_path / 'm.safetensors'} holds NaN or infinity" in str(caught.value)
+    assert "--dtype" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part, key, dtype, words", [
+    ("clip_g", "text_projection.weight", torch.float32, "the weights are finite, so take a file with another text encoder"),
+    ("clip_g", "text_projection.weight", torch.bfloat16, "try --dtype float32, or"),
+    ("clip_g", "text_projection.weight", torch.float16, "try --dtype bfloat16 or float32, or"),
+    ("denoiser", "out.2.weight", torch.float32, "the weights are finite, so try a smaller --guidance"),
+    ("denoiser", "out.2.weight", torch.bfloat16, "try --dtype float32, or try a smaller --guidance"),
+    ("vae", "decoder.conv_out.weight", torch.bfloat16, "the weights are finite, so take a file with another autoencoder"),
+])  # fmt: skip
+def test_finite_weights_that_overflow(part: str, key: str, dtype: torch.dtype, words: str, tmp_path: Path):
+    """Another precision is advised only where there is one with more room; the autoencoder always computes in fp32."""
+    states = random_states("sdxl", torch.float32)
+    states[part][key].fill_(3e38)
+    checkpoint = open_checkpoint(str(write_single(tmp_path / "m.safetensors", "sdxl", states)))
+    with pytest.raises(UsageError) as caught:
+        generate(checkpoint, replace(REQUEST, dtype=dtype), Mailbox(), CPU)
+    assert words in str(caught.value) and "holds NaN" not in str(caught.value)
 
 
 def test_tiles_are_used_above_the_limit_alone(monkeypatch: pytest.MonkeyPatch):

@@ -16,9 +16,9 @@ from models.mmdit import MMDiT, MMDiTConfig
 from models.t5 import T5Config, T5Encoder
 from models.unet import UNet, UNetConfig
 from weights import sniff
-from weights.files import FLOATS, Entry, WeightsError
+from weights.files import FLOATS, Entry, WeightsError, some
 from weights.layouts import Source, translate
-from weights.parts import Part, some
+from weights.parts import Part
 
 CLASSES = {"unet": UNet, "mmdit": MMDiT, "vae": Autoencoder, "clip": CLIPText, "t5": T5Encoder}
 MOST = 100  # blocks, layers or levels in a row; the largest official network has 38

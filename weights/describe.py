@@ -24,11 +24,9 @@ def where_to_get(checkpoint: Checkpoint, part: str) -> str:
     note = f" ({'; '.join(checkpoint.notes[part])})" if part in checkpoint.notes else ""
     if checkpoint.layout == "folder":
         return f"{part} is missing{note}: fetch its sub-folder of the same repository."
-    if checkpoint.family == "sd3" and part in SOURCES:
-        return (
-            f"{part} is missing{note}: fetch {SOURCES[part]} from {ENCODER_HOME} and put it beside the checkpoint,"
-            " or name it by --text-encoders."
-        )
+    if part in SOURCES:
+        beside = " and put it beside the checkpoint, or" if checkpoint.family == "sd3" else " and"
+        return f"{part} is missing{note}: fetch {SOURCES[part]} from {ENCODER_HOME}{beside} name it by --text-encoders."
     return f"{part} is missing{note}: this is not the whole model; fetch the official single file."
 
 
@@ -38,6 +36,10 @@ def needs(checkpoint: Checkpoint, t5: bool = True) -> list[str]:
     T5 itself is never needed; its tokenizer is where T5 is there and used (`t5`).
     """
     missing = [where_to_get(checkpoint, part) for part in NEEDED if part not in checkpoint.parts]
+    if t5 and checkpoint.unusable and "t5" not in checkpoint.parts:
+        missing.append(
+            f"{checkpoint.unusable}; or name another T5 by --text-encoders, or leave T5 out with --no-t5."
+        )
     for part in ("clip_l", "clip_g", "t5"):
         if part in checkpoint.parts and (t5 or part != "t5") and not checkpoint.ships_tokenizer(part):
             try:
@@ -62,11 +64,9 @@ def describe(checkpoint: Checkpoint, t5: bool = True) -> str:
             f"  {part:<9} {TITLES[fitted.kind]}, {parameters / 1e6:,.1f} M parameters, {', '.join(stored)},"
             f" {stored.total() / 1e6:,.1f} MB"
         )
-        if fitted.place != checkpoint.path and checkpoint.layout == "single":
-            lines.append(f"  {'':<9} from {fitted.place}")
     lines += checkpoint.remarks
     missing = needs(checkpoint, t5)
-    if "t5" not in checkpoint.parts and checkpoint.family == "sd3":
+    if "t5" not in checkpoint.parts and checkpoint.family == "sd3" and not checkpoint.unusable:
         lines.append(f"Optional: {where_to_get(checkpoint, 't5')}")
     lines += [f"Needed: {sentence}" for sentence in missing] or ["Nothing is missing: a picture can be made."]
     return "\n".join(lines)

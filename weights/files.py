@@ -65,6 +65,35 @@ class Entry:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
+def parse(where: str, text: str) -> dict:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{where} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{where} is not a JSON object.")
+    return value
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a small file; {} where there is no such file."""
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > 10_000_000:
+            raise WeightsError(f"{path} is too long for a configuration.")
+        return parse(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}.") from None
+
+
+def some(names: list[str], count: int = 4) -> str:
+    """The first few of a list of names, made printable."""
+    shown = (name if name.isascii() and name.isprintable() else ascii(name) for name in names[:count])
+    return ", ".join(f"{name:.120}" for name in shown) + (", ..." if len(names) > count else "")
+
+
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries and the metadata of a file; WeightsError unless the file is whole and well formed."""
     try:
@@ -93,7 +122,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         ) from None
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is damaged: its header is not a table of tensors; fetch it again.")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WeightsError(f"{path} is damaged: its metadata is not a table of strings; fetch it again.")
     return check_entries(path, header, size - 8 - length), metadata
@@ -151,7 +181,10 @@ def check_entries(path: Path, header: dict, data_size: int) -> dict[str, Entry]:
             raise WeightsError(
                 f"{path} is damaged: the shape and place of tensor {key!r:.200} do not fit; fetch it again."
             )
-        entries[key] = Entry(path, key, dtype, tuple(shape))
+        name = key.replace("_orig_mod.", "")  # which torch.compile puts before the names of a module
+        if name in entries:
+            raise WeightsError(f"{path} holds tensor {name!r:.200} twice, with and without _orig_mod.")
+        entries[name] = Entry(path, key, dtype, tuple(shape))
         ranges.append((*offsets, key))
     end = 0
     for begin, stop, key in sorted(ranges):

@@ -53,10 +53,14 @@ def wanted(files: Collection[str]) -> list[str]:
         weights = [
             file for file in inside if re.search(r"/(model|diffusion_pytorch_model)[^/]*\.safetensors$", file)
         ]
-        half = [file for file in weights if ".fp16" in file]
-        chosen += (
-            half or [file for file in weights if "." not in file.removesuffix(".safetensors")] or weights
+        weights = (
+            [file for file in weights if ".fp16" in file]
+            or [file for file in weights if "." not in file.removesuffix(".safetensors")]
+            or weights
         )
+        half = any(".fp16" in file for file in weights)
+        indexes = [file for file in inside if re.search(r"\.safetensors(\.\w+)?\.index(\.\w+)?\.json$", file)]
+        chosen += weights + [file for file in indexes if (".fp16" in file) == half]
         chosen += [file for file in inside if file.endswith("/config.json")]
     return chosen + [f for f in files if f in {f"{d}/{name}" for d in TOKENIZERS for name in TOKENIZER_FILES}]
 

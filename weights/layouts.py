@@ -217,18 +217,12 @@ def openclip(keys: Collection[str]) -> list[Rule]:
         (layer + r"attn\.in_proj_(weight|bias)", fused),
         (layer + rf"({'|'.join(map(re.escape, OPENCLIP_LAYER))})\.(weight|bias)",
          lambda i, name, kind: copy(f"text_model.encoder.layers.{i}.{OPENCLIP_LAYER[name]}.{kind}")),
-        # training's temperature, a constant, and 0..76, which ComfyUI and older versions of transformers save too
-        (r"logit_scale|attn_mask|(?:transformer\.)?text_model\.embeddings\.position_ids", lambda: []),
     ]  # fmt: skip
 
 
 def clip(keys: Collection[str]) -> list[Rule]:
     """transformers' naming, which is the official one too; transformers 5 shows it without `text_model.`."""
     return [
-        (
-            r"(?:text_model\.)?embeddings\.position_ids|logit_scale",
-            lambda: [],
-        ),  # 0..76; training's temperature
         (
             r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..*)",
             lambda rest: copy(f"text_model.{rest}"),
@@ -242,7 +236,7 @@ def t5(keys: Collection[str]) -> list[Rule]:
     table = "shared.weight" if "shared.weight" in keys else "encoder.embed_tokens.weight"
     return [
         (re.escape(table), lambda: copy("shared.weight")),
-        (r"encoder\.embed_tokens\.weight|logit_scale", lambda: []),  # the second copy; training's temperature
+        (r"encoder\.embed_tokens\.weight", lambda: []),  # the second copy
         identity(r"encoder\."),
     ]
 
@@ -261,12 +255,26 @@ NAMINGS = {  # kind of network -> (what a naming's keys begin with, its rules)
 }
 
 
+SURPLUS = {  # kind of network -> tensors that some files hold and nobody needs
+    # training's temperature, a constant, 0..76, which ComfyUI and older versions of transformers save, and the tower for images
+    "clip": r"logit_scale|logit_bias|attn_mask|(?:transformer\.)?(?:text_model\.)?embeddings\.position_ids"
+    r"|(?:vision_model|visual_projection|visual)\..*",
+    "t5": r"logit_scale|(?:decoder|lm_head)\..*",  # the half that writes
+    "vae": r"(?:loss|model_ema)\..*",  # of its training
+}
+
+
+def surplus(kind: str, key: str) -> bool:
+    """Whether a tensor of such a network (its name without the prefix of the part) is known to be of no use."""
+    return kind in SURPLUS and re.fullmatch(SURPLUS[kind], key) is not None
+
+
 def translate(kind: str, keys: Collection[str]) -> tuple[dict[str, Source], list[str]]:
     """Module name -> Source for every name that the keys (prefix of the part stripped) give, and the unexpected keys.
 
     `kind`: "unet", "mmdit", "vae", "clip" or "t5". Keys that are known to be of no use are in neither.
     """
-    keys = sorted(keys)
+    keys = sorted(key for key in keys if not surplus(kind, key))
     rules = next(
         (make(set(keys)) for start, make in NAMINGS[kind] if any(k.startswith(start) for k in keys)), []
     )

@@ -6,7 +6,7 @@ twice: on the CPU, in the dtype of the file, the parameters are the memory-mappe
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.t5 import Linear as T5Linear
 from models.tokenizers import CLIPTokenizer, T5Tokenizer
 from weights.check import Config, Fitted, build, check_part, check_together
-from weights.files import FLOATS, Reader, WeightsError
+from weights.files import FLOATS, FP8, Entry, Reader, WeightsError, some
 from weights.find import locate
 from weights.parts import PREFIXES, Contents, Part, read_beside, read_encoder, read_folder, read_single
 from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
@@ -31,7 +31,8 @@ class Checkpoint:
 
     `family` "sdxl" or "sd3"; `layout` "single" or "folder"; `defaults` what it proposes (prompt, height, width,
     guidance, shift, as far as given); `zero_negative` whether SDXL is told zeros where there is no negative prompt (else
-    the empty text); `notes` part -> why files beside it, or the folder's own T5, cannot be used;
+    the empty text); `notes` part -> why files beside it, or the folder's own T5, cannot be used; `unusable` why the T5 inside
+    a single file cannot;
     `remarks` sentences that the user should read; with `keep`, what is loaded stays, for the pictures to come.
     """
 
@@ -41,20 +42,20 @@ class Checkpoint:
         self.family, self.layout, self.path = contents.family, contents.layout, contents.path
         self.defaults, self.zero_negative = contents.defaults, contents.zero_negative
         self.notes: dict[str, list[str]] = dict(contents.notes)
-        self.remarks = contents.remarks
+        self.remarks, self.unusable = list(contents.remarks), contents.unusable
         self.t5_length, self.t5_file = (
             contents.t5_length or T5_LENGTH,
             t5_file and os.path.expanduser(t5_file),
         )
         parts = dict(contents.parts)
         own_t5 = (
-            [parts.pop("t5")] if "t5" in parts and parts["t5"].place.is_dir() else []
+            {"t5": [parts.pop("t5")]} if "t5" in parts and parts["t5"].place.is_dir() else {}
         )  # a folder's, which can be done without
         self.fitted: dict[str, Fitted] = {
             name: check_part(name, parts[name], self.family) for name in PARTS if name in parts
         }
         check_together(self.path, self.family, {name: part.config for name, part in self.fitted.items()})
-        self.take_first("t5", own_t5)
+        self.take(own_t5)
         self.tokenizers: dict[
             str, CLIPTokenizer | T5Tokenizer | T5JsonTokenizer
         ] = {}  # those that were asked for
@@ -66,30 +67,56 @@ class Checkpoint:
         return tuple(name for name in PARTS if name in self.fitted)
 
     def look_beside(self) -> None:
-        """Text encoders that an SD3 file lacks, from the files beside it: the largest that fits, and notes why others do not."""
+        """Text encoders that an SD3 file lacks, from the files beside it: those that fit together, and notes why others do not."""
         found, self.notes = read_beside(
             self.path, [part for part in ("clip_l", "clip_g", "t5") if part not in self.fitted]
         )
+        for group in (("clip_l", "clip_g"), ("t5",)):  # the CLIPs must fit each other, T5 the denoiser alone
+            self.take({part: found[part] for part in group if found.get(part)})
         for part, candidates in found.items():
-            self.take_first(part, candidates)
+            if part in self.fitted:
+                place = self.fitted[part].place
+                others = [candidate.place.name for candidate in candidates if candidate.place != place]
+                beside = f" (also there: {some(others)})" if others else ""
+                self.remarks.append(f"{part} from {place}{beside}")
 
-    def take_first(self, name: str, candidates: Sequence[Part]) -> None:
-        """Of the candidates for a part the first that fits, or notes why none does."""
-        for candidate in candidates:
+    def take(self, found: Mapping[str, Sequence[Part]]) -> None:
+        """Of the candidates for some parts the first combination that fits; where none does each part on its own. Notes say why not."""
+        together = self.combination(found, self.fitted)
+        if together is None:
+            for name, candidates in found.items():
+                self.fitted = self.combination({name: candidates}, self.fitted) or self.fitted
+        else:
+            self.fitted = together
+        self.notes = {
+            name: list(dict.fromkeys(why)) for name, why in self.notes.items() if name not in self.fitted
+        }
+
+    def combination(
+        self, found: Mapping[str, Sequence[Part]], taken: dict[str, Fitted]
+    ) -> dict[str, Fitted] | None:
+        """The parts `taken` and one candidate for each part in `found`, the first ones that fit together; None where none do."""
+        if not found:
+            return taken
+        name, *others = found
+        for candidate in found[name]:
             try:
-                fitted = check_part(name, candidate, self.family)
-                configs = {other: part.config for other, part in self.fitted.items()} | {name: fitted.config}
-                check_together(candidate.place, self.family, configs)
+                more = taken | {name: check_part(name, candidate, self.family)}
+                check_together(
+                    candidate.place, self.family, {part: those.config for part, those in more.items()}
+                )
             except WeightsError as error:
                 self.notes.setdefault(name, []).append(str(error).rstrip("."))
-            else:
-                self.fitted[name] = fitted
-                self.notes.pop(name, None)
-                break
+                continue
+            if (whole := self.combination({other: found[other] for other in others}, more)) is not None:
+                return whole
+        return None
 
     def leave_out(self, name: str) -> None:
         """Go on as if there were no such part (T5 can be done without)."""
         self.fitted.pop(name, None)
+        self.unusable = None if name == "t5" else self.unusable
+        self.remarks = [remark for remark in self.remarks if not remark.startswith(f"{name} from ")]
 
     def part(self, name: str) -> Fitted:
         """A part as its header describes it; WeightsError if it is not there."""
@@ -150,6 +177,16 @@ class Checkpoint:
             self.kept[asked] = module
         return module
 
+    def not_finite(self, part: str) -> Entry | None:
+        """The first tensor of a part, by name, that holds NaN or infinity in its file; None where none does. Reads the whole part."""
+        fitted, read = self.part(part), Reader()
+        for key in sorted({key for source in fitted.sources.values() for key in source.keys}):
+            tensor = read(fitted.entries[key])
+            if not torch.isfinite(tensor.float() if tensor.dtype in FP8 else tensor).all():
+                return fitted.entries[key]
+            read.copied(tensor.nbytes)
+        return None
+
     def digest(self) -> str:
         """A hash of names, shapes, dtypes and eight values from the middle of every tensor; two checkpoints that share it are almost surely the same."""
         told = hashlib.sha256()
@@ -198,7 +235,7 @@ def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str |
         contents = (
             read_folder(path, without=[part for _, part, _ in encoders])
             if path.is_dir()
-            else read_single(path)
+            else read_single(path, without=[part for _, part, _ in encoders])
         )
         parts, given = dict(contents.parts), {}
         for file, part, found in encoders:
@@ -211,7 +248,8 @@ def open_checkpoint(name: str, text_encoders: Sequence[str] = (), t5_file: str |
                     f"{given[part]} and {file} are both a {part} text encoder: give one of them."
                 )
             parts[part], given[part] = found, file
-        checkpoint = Checkpoint(replace(contents, parts=parts), t5_file)
+        remarks = [*contents.remarks, *(f"{part} from {file}" for part, file in given.items())]
+        checkpoint = Checkpoint(replace(contents, parts=parts, remarks=remarks), t5_file)
         if (contents.family, contents.layout) == ("sd3", "single"):
             checkpoint.look_beside()
         return checkpoint

@@ -3,13 +3,15 @@
 File and folder names decide nothing, but for the sub-folders of the Hugging Face layout.
 """
 
-import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weights.files import Entry, WeightsError, read_header
+from weights.files import Entry, WeightsError, parse, read_header, read_json, some
+from weights.kinds import V_PREDICTION, VARIANT, other_kind, quantised
+from weights.layouts import surplus
+from weights.sets import folder_entries
 from weights.sniff import given_by_json
 
 PREFIXES = {  # family -> part -> prefix of its names in a single file
@@ -46,37 +48,32 @@ OTHER_FLOWS = (  # fields of a flow scheduler_config.json that, set, make anothe
 )  # fmt: skip
 TRAINED = {  # fields of SDXL's scheduler_config.json that belong to how it was trained, and their only values here
     "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "trained_betas": None, "rescale_betas_zero_snr": False,
+    "beta_schedule": "scaled_linear", "trained_betas": None, "rescale_betas_zero_snr": False, "use_flow_sigmas": False,
+    "timestep_type": "discrete",
 }  # fmt: skip
 SAMPLED = {  # fields that belong to the sampler, and what the samplers here do
     "timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": False, "use_exponential_sigmas": False,
     "use_beta_sigmas": False, "thresholding": False,
+}  # fmt: skip
+SCHEDULERS = {  # family -> classes of diffusers that need no word; classes that are refused; what is done here
+    "sdxl": (r"(DDIM|DDPM|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|DPMSolver(Multistep|Singlestep|SDE)|HeunDiscrete"
+             r"|KDPM2(Ancestral)?Discrete|DEISMultistep|UniPCMultistep|SASolver)Scheduler",
+             r".*(Flow|EDM|RF|SCM|CMStochastic|Cosine).*", "an SDXL model is run only as one that predicts epsilon"),
+    "sd3": (r"FlowMatchEulerDiscreteScheduler", r"(?!.*Flow).*", "an SD3 model is run only with flow matching, as by"
+            " FlowMatchEulerDiscreteScheduler"),
+}  # fmt: skip
+PREDICTIONS = {
+    "sdxl": r"v|sample|x0|flow|rf|rectified"
+}  # family -> beginnings of modelspec.prediction_type that are refused
+OFFICIAL_FILES = {  # of text encoders, in the order in which they are taken
+    "clip_l": ("clip_l.safetensors",), "clip_g": ("clip_g.safetensors",),
+    "t5": ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
 }  # fmt: skip
 IGNORED = re.compile(  # tensors outside the parts that some files hold and nobody needs
     r"model_ema\..*|denoiser\.sigmas|model\.model_sampling\.sigmas|(text_encoders\.\w+|conditioner\.embedders\.0)\.logit_scale"
     r"|(sqrt_|sqrt_one_minus_|log_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?|betas"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)"
 )
-V_PREDICTION = r"(v_pred|ztsnr)$|edm_vpred\."
-VARIANT = "an SDXL variant with v-prediction or another noise schedule"
-OTHER_KINDS = (  # what else is found under the name .safetensors
-    (r".*(lora_|\.lora\.|\.lokr_|\.hada_|\.dora_scale|\.alpha$)", "a LoRA, which is no model of its own: merge it into"
-     " one first"),
-    (r"(control_model|controlnet_|input_hint_block)", "a ControlNet, which is not run here"),
-    (V_PREDICTION, f"{VARIANT}, which is not run here"),
-    (r"(.*\.)?scaled_fp8$", "a file of fp8 weights with scales, which is not run here: fetch the fp16 or plain fp8 file"),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model: only SDXL and SD3 are run here"),
-    (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner: only the base model is run here"),
-    (r"cond_stage_model\.|model\.diffusion_model\.input_blocks\.", "a Stable Diffusion 1 or 2 model: only SDXL and SD3"
-     " are run here"),
-    (r"(emb_params|string_to_param|clip_[lg])$", "a textual inversion embedding, not a model"),
-    (r"(down_blocks|transformer_blocks)\.", "a denoiser in Hugging Face naming: give the folder that holds"
-     " model_index.json instead"),
-    (r"(first_stage_model\.|encoder\.down|decoder\.)", "an autoencoder alone, not a whole model"),
-    (r"(text_model|encoder\.block|transformer\.resblocks)\.", "a text encoder alone: give the model, and this file as"
-     " one of the text encoders"),
-    (r"(joint_blocks|input_blocks)\.", "a denoiser without the prefix model.diffusion_model.: fetch the official file"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,6 +99,7 @@ class Contents:
     zero_negative: bool = True  # SDXL: whether no negative prompt means zeros (else the empty text)
     remarks: Sequence[str] = ()  # what the user should know, a sentence each
     notes: Mapping[str, list[str]] = field(default_factory=dict)  # part -> why what is there cannot be used
+    unusable: str | None = None  # why the T5 inside a single file cannot be used
 
 
 def kind_of(part: str, family: str) -> str:
@@ -110,20 +108,12 @@ def kind_of(part: str, family: str) -> str:
     return {"denoiser": denoiser, "vae": "vae", "clip_l": "clip", "clip_g": "clip", "t5": "t5"}[part]
 
 
-def some(names: list[str], count: int = 4) -> str:
-    """The first few of a list of names, made printable."""
-    shown = (name if name.isascii() and name.isprintable() else ascii(name) for name in names[:count])
-    return ", ".join(f"{name:.120}" for name in shown) + (", ..." if len(names) > count else "")
-
-
-def read_single(path: Path) -> Contents:
-    """Contents of a single file in the official layout."""
+def read_single(path: Path, without: Collection[str] = ()) -> Contents:
+    """Contents of a single file in the official layout, but for the parts `without`. A quantised T5 is left out, with the reason."""
     entries, metadata = read_header(path)
     config = own_config(path, metadata)
     stem = "model.diffusion_model."
-    if marks := [key for key in entries if re.match(V_PREDICTION, key) or key.endswith("scaled_fp8")]:
-        raise WeightsError(f"{path} is {other_kind(marks)}.")
-    if metadata.get("modelspec.prediction_type", "")[:1] == "v":  # as kohya-ss/sd-scripts writes it
+    if any(re.match(V_PREDICTION, key) for key in entries):
         raise WeightsError(f"{path} is {VARIANT}, which is not run here.")
     if any(key.startswith(stem + "joint_blocks.") for key in entries):
         family = "sd3"
@@ -132,29 +122,51 @@ def read_single(path: Path) -> Contents:
     ):
         family = "sdxl"
     else:
-        raise WeightsError(f"{path} is {other_kind(list(entries))}.")
+        raise WeightsError(f"{path} is {other_kind(entries)}.")
+    check_prediction(path, family, metadata)
     prefixes = PREFIXES[family]
     found: dict[str, dict[str, Entry]] = {}
-    unexpected = []
+    outside = {}
     for key, entry in entries.items():
         part = next((part for part, prefix in prefixes.items() if key.startswith(prefix)), None)
         if part is not None:
             found.setdefault(part, {})[key.removeprefix(prefixes[part])] = entry
         elif not IGNORED.fullmatch(key):
-            unexpected.append(key)
-    if unexpected:
+            outside[key] = entry
+    refuse_quantised(path, outside)
+    if outside:
         raise WeightsError(
-            f"{path} holds {len(unexpected)} tensors that do not belong to {family.upper()}:"
-            f" {some(unexpected)}."
+            f"{path} holds {len(outside)} tensors that do not belong to {family.upper()}: {some(list(outside))}."
         )
-    parts = {}
+    parts, unusable = {}, None
     for part in prefixes:
-        if part in found:
+        if part in found and part not in without:
             kind = kind_of(part, family)
             given = table(path, config, kind if part == "denoiser" else part)
-            parts[part] = Part(kind, path, without_projection(part, found[part]), given)
+            try:
+                refuse_quantised(f"{path}: its {part}", found[part])
+                parts[part] = Part(kind, path, without_projection(part, found[part]), given)
+            except WeightsError as error:
+                if part != "t5":
+                    raise
+                unusable = str(error).rstrip(".")
     defaults = checked_defaults(path, table(path, config, "defaults"))
-    return Contents(family, "single", path, parts, defaults, t5_length(path, config))
+    length = t5_length(path, config)
+    return Contents(family, "single", path, parts, defaults, length, unusable=unusable)
+
+
+def check_prediction(path: Path, family: str, metadata: Mapping[str, str]) -> None:
+    """WeightsError where the metadata names a prediction that is not the family's (modelspec, as kohya-ss/sd-scripts writes it)."""
+    told = metadata.get("modelspec.prediction_type", "")
+    if family in PREDICTIONS and re.match(PREDICTIONS[family], told.strip().lower()):
+        kind = VARIANT if told.strip().lower().startswith("v") else f"trained for {ascii(told):.50}"
+        raise WeightsError(f"{path} is {kind} (modelspec.prediction_type), which is not run here.")
+
+
+def refuse_quantised(place: Path | str, entries: Mapping[str, Entry]) -> None:
+    """WeightsError where weights are quantised in a way that is not run here."""
+    if words := quantised(entries):
+        raise WeightsError(f"{place} holds {words}.")
 
 
 def without_projection(part: str, entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -168,28 +180,9 @@ def without_projection(part: str, entries: dict[str, Entry]) -> dict[str, Entry]
     }
 
 
-def other_kind(keys: list[str]) -> str:
-    """What a file that holds neither SDXL nor SD3 is."""
-    for pattern, kind in OTHER_KINDS:
-        if any(re.match(pattern, key) for key in keys):
-            return kind
-    return f"neither an SDXL nor an SD3 model; its tensors: {some(keys) or 'none'}"
-
-
 def own_config(path: Path, metadata: Mapping[str, str]) -> dict:
     """The metadata entry `hybridiff.config`, a JSON object; {} where there is none."""
     return parse(f"{path}, metadata entry hybridiff.config", metadata.get("hybridiff.config", "{}"))
-
-
-def parse(where: str, text: str) -> dict:
-    """A JSON object."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{where} is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{where} is not a JSON object.")
-    return value
 
 
 def table(path: Path, config: Mapping, name: str) -> dict:
@@ -237,7 +230,8 @@ def read_folder(path: Path, without: Collection[str] = ()) -> Contents:
             try:
                 config = read_json(folder / "config.json")
                 require(folder / "config.json", config, FIXED[kind])
-                entries, remark = folder_entries(folder)
+                entries, remark = folder_entries(folder, kind)
+                refuse_quantised(folder, entries)
                 parts[part] = Part(kind, folder, entries, given_by_json(kind, config))
                 remarks += remark
             except WeightsError as error:
@@ -245,7 +239,11 @@ def read_folder(path: Path, without: Collection[str] = ()) -> Contents:
                     raise
                 notes[part] = [str(error).rstrip(".")]
     check_denoiser(parts["denoiser"], family)
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler, model_index = (
+        read_json(path / "scheduler" / "scheduler_config.json"),
+        read_json(path / "model_index.json"),
+    )
+    remarks += check_scheduler(path, family, scheduler, model_index)
     if family == "sdxl":
         require(path / "scheduler", scheduler, TRAINED)
         others = [
@@ -263,16 +261,35 @@ def read_folder(path: Path, without: Collection[str] = ()) -> Contents:
             " has a fixed shift and none of these."
         )
     defaults = {"shift": scheduler["shift"]} if family == "sd3" and "shift" in scheduler else {}
-    index = path / "model_index.json"
-    zeros = read_json(index).get("force_zeros_for_empty_prompt", True)
+    zeros = model_index.get("force_zeros_for_empty_prompt", True)
     if not isinstance(zeros, bool):
         raise WeightsError(
-            f"{index} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false."
+            f"{path / 'model_index.json'} says force_zeros_for_empty_prompt = {ascii(zeros):.50}: it must be true or false."
         )
     defaults = checked_defaults(path, defaults)
     return Contents(
         family, "folder", path, parts, defaults, zero_negative=zeros, remarks=remarks, notes=notes
     )
+
+
+def check_scheduler(path: Path, family: str, scheduler: Mapping, model_index: Mapping) -> list[str]:
+    """Remarks on the class of the folder's scheduler; WeightsError where it belongs to another kind of model."""
+    usual, refused, done = SCHEDULERS[family]
+    listed = model_index.get("scheduler")  # ["diffusers", the class], which diffusers goes by
+    named = {path / "scheduler": scheduler.get("_class_name")}
+    if isinstance(listed, list) and len(listed) == 2:
+        named[path / "model_index.json"] = listed[1]
+    remarks = []
+    for place, name in named.items():
+        if name is None or re.fullmatch(usual, str(name)):
+            continue
+        if re.fullmatch(refused, str(name), re.DOTALL):
+            raise WeightsError(f"{place} names the scheduler {ascii(name):.80}: {done}.")
+        remarks = [
+            f"The folder's scheduler is {ascii(name):.80}, which is not among the samplers here: {done}, and the picture may"
+            " want other steps and guidance."
+        ]
+    return remarks
 
 
 def check_denoiser(part: Part, family: str) -> None:
@@ -295,91 +312,18 @@ def require(place: Path, config: Mapping, fixed: Mapping) -> None:
             raise WeightsError(f"{place} says {name} = {ascii(config[name]):.50}; only {value} is done here.")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a small file; {} where there is no such file."""
-    try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > 10_000_000:
-            raise WeightsError(f"{path} is too long for a configuration.")
-        return parse(str(path), path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}.") from None
-
-
-SHARD = re.compile(
-    r"(?P<stem>[^.]+?)(?P<old>-\d{5}-of-\d{5})?(?:\.(?P<variant>[^.]+?))?(?P<new>-\d{5}-of-\d{5})?\.safetensors"
-)
-STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
-
-
-def folder_entries(folder: Path) -> tuple[dict[str, Entry], list[str]]:
-    """The tensors of a sub-folder: of its plain file(s), else of the fp16 or bf16 variant; shards are put together. A variant with a file
-    that cannot be used, such as a pointer of Git LFS, makes way for the next, with a remark.
-
-    Shards are numbered after the variant (`model.fp16-00001-of-00002`) or, by older versions of diffusers, before it.
-    """
-    sets: dict[
-        tuple[str, str, int], dict[str, Path]
-    ] = {}  # (stem, variant, number of shards) -> number -> file
-    for file in sorted(folder.glob("*.safetensors")):
-        if match := SHARD.fullmatch(file.name):
-            number, of = (match["old"] or match["new"] or "-00001-of-00001").removeprefix("-").split("-of-")
-            sets.setdefault((match["stem"], match["variant"] or "", int(of)), {})[number] = file
-    if not sets:
-        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
-        raise WeightsError(
-            f"{folder} holds no .safetensors file"
-            + (", only pickles, which are never opened here." if pickles else ".")
-        )
-    order = {"": 0, "fp16": 1, "bf16": 2}
-    ranked = sorted(
-        sets, key=lambda s: (s[0] not in STEMS, len(sets[s]) != s[2], order.get(s[1], 3), s)
-    )  # whole sets first
-    shards, files = ranked[0][2], sets[ranked[0]]
-    if len(files) != shards:
-        raise WeightsError(f"{folder} holds {len(files)} of {shards} shards: fetch the others.")
-    problems = []
-    for key in ranked:
-        if len(sets[key]) == key[2] and key[0] == ranked[0][0]:
-            try:
-                entries = together(sets[key].values())
-            except WeightsError as problem:
-                problems.append(problem)
-            else:
-                return entries, [
-                    f"{str(problem).rstrip('.')}; the variant {key[1] or 'without a name'} beside it is taken."
-                    for problem in problems[:1]
-                ]
-    raise problems[0]
-
-
-def together(files: Iterable[Path]) -> dict[str, Entry]:
-    """The tensors of all shards."""
-    entries: dict[str, Entry] = {}
-    for file in files:
-        found, _ = read_header(file)
-        if twice := entries.keys() & found.keys():
-            raise WeightsError(
-                f"{file} holds tensors that another file beside it holds too: {some(sorted(twice))}."
-            )
-        entries |= found
-    return entries
-
-
 def read_encoder(path: Path) -> tuple[str, Part]:
     """Name and part of a file that holds one text encoder and nothing else: "clip_l", "clip_g" or "t5"."""
     entries, metadata = read_header(path)
     config = own_config(path, metadata)
-    if "scaled_fp8" in entries:
-        raise WeightsError(f"{path} is {other_kind(['scaled_fp8'])}.")
+    refuse_quantised(path, entries)
     words = "embeddings.token_embedding.weight"
     embedding = entries.get(f"text_model.{words}", entries.get(words))
     if any(key.startswith("encoder.block.") for key in entries):
         part = "t5"
     elif any(key.startswith("transformer.resblocks.") for key in entries):
         part = "clip_g"
-    elif embedding is not None and not any(key.startswith("vision_model.") for key in entries):
+    elif embedding is not None:
         width = embedding.shape[-1] if embedding.shape else 0
         projected = "text_projection.weight" in entries
         part = {768: "clip_l", 1280: "clip_g"}.get(width, "clip_g" if projected else "clip_l")
@@ -393,8 +337,8 @@ def read_encoder(path: Path) -> tuple[str, Part]:
 
 
 def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, list[Part]], dict[str, list[str]]]:
-    """Text encoder files beside an SD3 file (or in text_encoders/ there), the largest (of the finest dtype) first for each
-    part, and why others of them cannot be used.
+    """Text encoder files beside an SD3 file (or in text_encoders/ there), for each part those with an official name first, then
+    the largest (of the finest dtype), and why others of them cannot be used.
     """
     found: dict[str, list[Part]] = {part: [] for part in wanted}
     notes: dict[str, list[str]] = {}
@@ -413,9 +357,17 @@ def read_beside(path: Path, wanted: list[str]) -> tuple[dict[str, list[Part]], d
             continue
         if part in wanted:
             found[part].append(encoder)
-    return {part: sorted(encoders, key=total_size, reverse=True) for part, encoders in found.items()}, notes
+
+    def rank(part: str, encoder: Part) -> tuple[int, int]:
+        names = OFFICIAL_FILES[part]
+        name = encoder.place.name
+        return names.index(name) if name in names else len(names), -total_size(encoder)
+
+    return {
+        part: sorted(those, key=lambda encoder: rank(part, encoder)) for part, those in found.items()
+    }, notes
 
 
 def total_size(part: Part) -> int:
-    """Bytes of all tensors of a part."""
-    return sum(entry.size for entry in part.entries.values())
+    """Bytes of all tensors of a part that are of use."""
+    return sum(entry.size for key, entry in part.entries.items() if not surplus(part.kind, key))

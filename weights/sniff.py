@@ -108,6 +108,7 @@ def unet(shapes: Shapes, given: Mapping = {}) -> UNetConfig:
             return heads({"heads": V1_HEADS}, width)
         return heads(given, width)
 
+    check_whole(shapes, count, blocks, depths)
     vector = "label_emb.0.0.weight"
     return UNetConfig(
         in_channels=size(shapes, "input_blocks.0.0.weight", 1, 4),
@@ -123,6 +124,25 @@ def unet(shapes: Shapes, given: Mapping = {}) -> UNetConfig:
         groups=groups(given, channels),
         linear_projections=linear,
     )
+
+
+def check_whole(shapes: Shapes, count: int, blocks: int, depths: list[int]) -> None:
+    """WeightsError where a U-Net was pruned block by block, so that its levels no longer tell its sizes."""
+    reasons = [] if any(name.startswith("middle_block.") for name in shapes) else ["it has no middle block"]
+    for half in ("input", "output"):
+        for i in range(count):
+            level = i // (blocks + 1) if half == "input" else len(depths) - 1 - i // (blocks + 1)
+            if half == "input" and i % (blocks + 1) == 0:
+                continue  # the first convolution, or a downsampling
+            found = numbers(shapes, rf"{half}_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.")
+            if found != depths[level]:
+                reasons.append(
+                    f"{half}_blocks.{i} has {found} transformer blocks, others of its level {depths[level]}"
+                )
+    if reasons:
+        raise WeightsError(
+            f"it is a pruned U-Net, as SSD-1B's and Segmind Vega's are, which is not run here ({reasons[0]})"
+        )
 
 
 def groups(given: Mapping, channels: int) -> int:
