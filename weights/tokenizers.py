@@ -55,6 +55,8 @@ class T5JsonTokenizer(TextTokenizer):
         whole["added_tokens"] = [
             token for token in whole["added_tokens"] if not beyond(token["content"], token["id"], rows)
         ]
+        pieces = whole["model"]["vocab"]
+        whole["model"]["vocab"] = [pair for id, pair in enumerate(pieces) if not beyond(pair[0], id, rows)]
         self.tokenizer = Tokenizer.from_str(json.dumps(whole))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
