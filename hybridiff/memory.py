@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # pipeline imports this file
 EVERY = 0.02  # seconds between two looks at the resident set
 FEATURES = 12  # feature maps of the denoiser's first width that live at once, at least (tests/test_memory.py counts them)
 TILE = 96 + 18  # latents along a side of a tile with its border, see hybridiff/tiles.py
-ENCODERS = ("clip_l", "clip_g", "t5")
 
 
 def resident() -> tuple[int, int]:
@@ -156,23 +155,18 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
         return (host, gpu + (weights + more) * sharing) if on_gpu else (host + (weights + more) * ranks, gpu)
 
     precision = str(request.dtype).removeprefix("torch.")
-    no_text = (
-        checkpoint.family == "sdxl" and checkpoint.zero_negative and request.negative_prompt is None
-    )  # for ranks without the prompt
+    no_text = checkpoint.zero_negative and request.negative_prompt is None  # for ranks without the prompt
     of = 2 if no_text and where.ranks > 1 else 1
-    for part in ENCODERS:
-        if part in checkpoint.parts:
-            dtype, on_gpu = request.dtype, cuda
-            if part == "t5" and (request.t5 != "device" or not cuda):  # it stays as it is stored
-                on_gpu, dtype = cuda and request.t5 == "fp8", checkpoint.dtype("t5")
-            weights = weight_bytes(checkpoint, part, dtype, not on_gpu)
-            yield (
-                f"text encoder {part} in {str(dtype).removeprefix('torch.')}",
-                *needed(weights, on_gpu=on_gpu, of=of),
-            )
+    for part in checkpoint.text_encoders:
+        dtype, on_gpu = request.dtype, cuda
+        if part == "t5" and (request.t5 != "device" or not cuda):  # it stays as it is stored
+            on_gpu, dtype = cuda and request.t5 == "fp8", checkpoint.dtype("t5")
+        weights = weight_bytes(checkpoint, part, dtype, not on_gpu)
+        words = f"text encoder {part} in {str(dtype).removeprefix('torch.')}"
+        yield words, *needed(weights, on_gpu=on_gpu, of=of)
     vae = checkpoint.config("vae")
-    height, width = request.height // vae.factor, request.width // vae.factor
-    latents = torch.Size((1, vae.latent_channels, height, width))
+    latents = checkpoint.model.latents((request.height, request.width), vae)
+    height, width = latents[-2:]
     features = checkpoint.part("denoiser").module.shapes(1, latents, 0)[0].numel()
     weights = weight_bytes(checkpoint, "denoiser", request.dtype, not cuda)
     yield (
@@ -214,9 +208,9 @@ def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple
         name for name, change in tries.items() if fits(checkpoint, replace(request, **change), where, free)
     ]
     if "t5" in checkpoint.parts and not good:
-        t5 = checkpoint.fitted.pop("t5")
+        t5 = checkpoint.checked.pop("t5")
         good += ["--no-t5"] if fits(checkpoint, request, where, free) else []
-        checkpoint.fitted = checkpoint.fitted | {"t5": t5}
+        checkpoint.checked = checkpoint.checked | {"t5": t5}
     if where.kept and fits(checkpoint, request, where._replace(kept=False), free):
         good.append("one picture a run")
     if not good and where.ranks > 1 and fits(checkpoint, request, where._replace(ranks=1, sharing=1), free):

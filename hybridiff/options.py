@@ -12,13 +12,13 @@ from hybridiff.batch import read_prompts
 from hybridiff.ending import shown
 from hybridiff.errors import UsageError
 from hybridiff.memory import refuse_too_large
-from hybridiff.pipeline import GUIDANCE, SIDE, Request, plan_request
+from hybridiff.pipeline import Request, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.report import check_writable, free_name
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import STRATEGIES
 from hybridiff.transport import Transport, nccl_problem, place
-from weights.describe import needs, where_to_get
+from weights.describe import left_out, needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
 SAVING = (
@@ -254,7 +254,7 @@ def make_request(
 ) -> Request:
     """What a picture has of its `own`, else the options, and where none is given the checkpoint's defaults, then the family's."""
     args = argparse.Namespace(**vars(args) | {"prompt": None} | own)
-    family, defaults = checkpoint.family, checkpoint.defaults
+    model, defaults = checkpoint.model, checkpoint.defaults
 
     def either(name: str, fallback: object) -> object:
         given = getattr(args, name)
@@ -268,7 +268,7 @@ def make_request(
         )
     given_rule = {key: getattr(args, key) for key in ("window", "slope", "cap", "interval")}
     rule = replace(
-        paper_rule(family, args.steps),
+        paper_rule(model.switch, args.steps),
         **{key: value for key, value in given_rule.items() if value is not None},
     )
     strategy = args.strategy or PRESETS[args.preset].strategy
@@ -281,7 +281,7 @@ def make_request(
                 raise UsageError(
                     f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out."
                 )
-    guidance = either("guidance", GUIDANCE[family])
+    guidance = either("guidance", model.guidance)
     if guidance <= 1 and args.negative_prompt:
         raise UsageError(
             f"--negative-prompt does nothing where guidance {guidance:g} is none: leave it out, or give more --guidance."
@@ -308,10 +308,10 @@ def make_request(
         negative_prompt=args.negative_prompt,
         steps=args.steps,
         guidance=guidance,
-        height=either("height", SIDE),
-        width=either("width", SIDE),
+        height=either("height", model.size["height"]),
+        width=either("width", model.size["width"]),
         seed=secrets.randbelow(2**32) if args.seed is None else args.seed,
-        sampler=args.sampler or next(iter(SAMPLERS[family])),
+        sampler=args.sampler or next(iter(SAMPLERS[model.prediction])),
         strategy=strategy,
         rule=rule,
         dtype=DTYPES[args.dtype] if args.dtype else usual_dtype(checkpoint, device),
@@ -406,11 +406,9 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         )
     ):
         raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
-    if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
-        checkpoint.remarks = [
-            *checkpoint.remarks,
-            f"The picture is made without T5 ({where_to_get(checkpoint, 't5').rstrip('.')}).",
-        ]
+    for part in left_out(checkpoint) if not args.no_t5 else ():
+        why = where_to_get(checkpoint, part).rstrip(".")
+        checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without {part.upper()} ({why})."]
     if lacking := needs(checkpoint) if not args.decode else []:
         raise UsageError(" ".join(lacking))
     args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (

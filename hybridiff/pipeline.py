@@ -17,17 +17,13 @@ from hybridiff.schedule import Computation
 from hybridiff.partition import weights_needed
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
-from hybridiff.text import encode
+from hybridiff.text import encode, meta_encode
 from hybridiff.tiles import LARGE, decode_tiled
 from hybridiff.timeline import idle_ranks, runs_of, unit_times
 from hybridiff.transport import Transport
-from models.mmdit import MMDiTConditioning
-from models.unet import UNetConditioning
 from weights.files import FP8
 from weights.load import Checkpoint, WeightsError
 
-GUIDANCE = {"sdxl": 5.0, "sd3": 7.0}
-SIDE = 1024
 LARGEST = 2**16  # pixels a side
 WORTH_SPLITTING = 2**18  # pixels from which the ranks decode together
 OVERLAP = 18  # latents that neighbouring tiles share
@@ -145,13 +141,17 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
                 f"--height {request.height} is {rows} rows of patches, too few for {strategy.ranks} ranks: take fewer ranks."
             )
     shift = checkpoint.defaults.get("shift", 3.0)  # what the folder's scheduler says
-    return strategy, make_sampler(checkpoint.family, request.sampler, request.steps, shift)
+    return strategy, make_sampler(checkpoint.model.prediction, request.sampler, request.steps, shift)
 
 
-def draw_noise(channels: int, height: int, width: int, seed: int) -> Tensor:
-    """Unit normal latents (1, channels, height, width), fp32, drawn on the CPU: the same on every rank and device."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, channels, height, width, generator=generator)
+def latent_shape(checkpoint: Checkpoint, request: Request) -> torch.Size:
+    """Shape of the latents of a request, (1, C, h, w)."""
+    return checkpoint.model.latents((request.height, request.width), checkpoint.config("vae"))
+
+
+def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Unit normal latents, fp32, drawn on the CPU: the same on every rank and device."""
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def in_words(numbers: Sequence[int]) -> str:
@@ -162,20 +162,11 @@ def in_words(numbers: Sequence[int]) -> str:
 
 def meta_task(checkpoint: Checkpoint, request: Request, world: int = 1) -> Task:
     """The task of a request on the meta device: shapes and dtypes of everything, no weights read, nothing computed."""
-    config, vae = checkpoint.config("denoiser"), checkpoint.config("vae")
-    tokens = checkpoint.config("clip_l").positions
-    if checkpoint.family == "sdxl":
-        conditioning = UNetConditioning, (1, tokens, config.context_width), (1, config.vector_width)
-    else:
-        tokens += checkpoint.t5_length
-        conditioning = MMDiTConditioning, (1, tokens, config.context_width), (1, config.pooled_width)
-    kind, *shapes = conditioning
-    with torch.device("meta"):
-        told = kind(*(torch.empty(shape, dtype=request.dtype) for shape in shapes))
-        noise = torch.empty(1, vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
+    conditioning = meta_encode(checkpoint, request.height, request.width, request.dtype)
+    noise = torch.empty(latent_shape(checkpoint, request), device="meta")
     denoiser = checkpoint.part("denoiser").module.to(request.dtype)
     sampler = plan_request(checkpoint, request, world)[1]
-    return Task(denoiser, sampler, {"cond": told, "uncond": told}, request.guidance, noise)
+    return Task(denoiser, sampler, conditioning, request.guidance, noise)
 
 
 @torch.inference_mode()
@@ -293,8 +284,8 @@ def generate(
     agree(transport, problem)  # the ranks begin together, so that their clocks agree
     now = clock("waiting", now)
 
-    vae, times = checkpoint.config("vae"), None
-    noise = draw_noise(vae.latent_channels, *(side // vae.factor for side in size), request.seed).to(device)
+    times = None
+    noise = draw_noise(latent_shape(checkpoint, request), request.seed).to(device)
     task = Task(denoiser, sampler, conditioning, request.guidance, noise)
     if request.balance:
         times = transport.gather(unit_times(task))

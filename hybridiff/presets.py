@@ -1,15 +1,11 @@
 """What a user picks: four names, each for a strategy and a share of the steps."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from hybridiff.strategies import Reuse
 from hybridiff.switching import SwitchRule
-
-PAPER_RULES = {  # appendix G of the paper
-    "sdxl": SwitchRule(window=12, slope=4e-4, cap=15, interval=5),
-    "sd3": SwitchRule(window=15, slope=1e-4, cap=40, interval=5),
-}
 
 
 class Preset(NamedTuple):
@@ -38,9 +34,10 @@ def usual_reuse(steps: int, share: float, start: int | None = None) -> Reuse:
     return replace(reuse, count=int(share * len(reuse.choices(steps))))
 
 
-def paper_rule(family: str, steps: int) -> SwitchRule:
-    """The paper's numbers, which are for 50 steps; with others the same stretch of the trajectory, so that a step falls by more."""
-    rule, times = PAPER_RULES[family], steps / 50
+def paper_rule(switch: Mapping[str, float], steps: int) -> SwitchRule:
+    """The paper's numbers for a family (`models.family.Family.switch`), which are for 50 steps; with others the same stretch of the
+    trajectory, so that a step falls by more."""
+    rule, times = SwitchRule(**switch), steps / 50
     window, cap, interval = (
         max(least, round(times * number))
         for least, number in ((2, rule.window), (1, rule.cap), (1, rule.interval))

@@ -145,23 +145,23 @@ class FlowDPM(FlowEuler):
 
 
 Sampler = DDIM | Euler | DPM | FlowEuler
-SAMPLERS = {  # by family, the default first
-    "sdxl": {"ddim": DDIM, "euler": Euler, "dpmpp_2m": DPM},
-    "sd3": {"flow": FlowEuler, "dpmpp_2m": FlowDPM},
+SAMPLERS = {  # by what the network predicts, the default first
+    "epsilon": {"ddim": DDIM, "euler": Euler, "dpmpp_2m": DPM},
+    "flow": {"flow": FlowEuler, "dpmpp_2m": FlowDPM},
 }
 
 
-def make_sampler(family: str, name: str | None, steps: int, shift: float = 3.0) -> Sampler:
-    """The sampler of that name for a family ("sdxl", "sd3"), the family's default where the name is None.
+def make_sampler(prediction: str, name: str | None, steps: int, shift: float = 3.0) -> Sampler:
+    """The sampler of that name for a network that predicts "epsilon" or "flow" (a velocity), the default where the name is None.
 
     `shift` concerns the flow samplers alone. UsageError where name or number of steps does not fit.
     """
-    choices = SAMPLERS[family]
+    choices = SAMPLERS[prediction]
     name = name or next(iter(choices))
     if name not in choices:
         raise UsageError(
-            f"--sampler {name} does not fit a {family} checkpoint: choose one of {', '.join(choices)}."
+            f"--sampler {name} does not fit a checkpoint of this kind: choose one of {', '.join(choices)}."
         )
     if not 1 <= steps < TRAINING_STEPS:
         raise UsageError(f"--steps {steps} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
-    return choices[name](steps, shift) if family == "sd3" else choices[name](steps)
+    return choices[name](steps, shift) if prediction == "flow" else choices[name](steps)

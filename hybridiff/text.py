@@ -1,17 +1,14 @@
-"""Prompts -> what the denoiser is told, for both families. Each encoder is loaded, used and freed before the next."""
+"""Prompts -> conditioning. Each encoder is loaded, used and freed before the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybridiff.ending import shown
 from hybridiff.errors import remedy, require_finite
-from models.embeddings import sinusoid
-from models.mmdit import MMDiTConditioning
 from models.tokenizers import Cut
-from models.unet import UNetConditioning
 from weights.load import Checkpoint
 
 
@@ -20,8 +17,8 @@ def cuts(checkpoint: Checkpoint, prompt: str, negative_prompt: str | None) -> li
     sentences = []
     for name, text in (("prompt", prompt), ("negative prompt", negative_prompt or "")):
         encoders: dict[Cut, list[str]] = {}
-        for part in ("clip_l", "clip_g", "t5"):
-            if part in checkpoint.parts and (cut := checkpoint.tokenizer(part).cut(text)):
+        for part in checkpoint.text_encoders:
+            if cut := checkpoint.tokenizer(part).cut(text):
                 encoders.setdefault(cut, []).append(part)
         for cut, parts in encoders.items():
             *others, last = parts
@@ -74,73 +71,61 @@ def encode(
     dtype: torch.dtype,
     t5: str = "device",
     branches: Sequence[str] = ("cond", "uncond"),
-) -> dict[str, UNetConditioning] | dict[str, MMDiTConditioning]:
+) -> dict[str, Any]:
     """The conditioning of the branches asked for, batch 1, in `dtype` on `device`; sizes in pixels.
 
     `t5`: "device", "cpu" (T5 runs there, in fp32) or "fp8" (its stored fp8 weights stay so on the device and are brought to `dtype`
     layer by layer, as they always are on the CPU, where T5 is the mapped file and takes no memory of its own).
+    Without a negative prompt the empty text is encoded, or zeros stand for it (`Checkpoint.zero_negative`).
     """
-    texts = {branch: {"cond": prompt, "uncond": negative_prompt}[branch] for branch in branches}
-    if checkpoint.family == "sdxl":
-        return encode_sdxl(checkpoint, texts, height, width, device, dtype)
-    return encode_sd3(checkpoint, texts, device, dtype, t5)
 
-
-def encode_sdxl(checkpoint, texts, height, width, device, dtype) -> dict[str, UNetConditioning]:
-    """SDXL: penultimate states of CLIP-L and bigG side by side; bigG's pooled text and six sizes as the vector.
-
-    Without a negative prompt the unconditional text is zeros, or the empty text where the checkpoint's folder says so
-    (`force_zeros_for_empty_prompt` is false); an empty one is encoded. Sizes: original height and width,
-    crop top and left, target height and width, each a 256-wide sinusoid (Podell et al. 2023, Sec. 2.2).
-    """
-    told = {
-        branch: text for branch, text in texts.items() if text is not None or not checkpoint.zero_negative
-    }
-    clip_l = run_encoder(checkpoint, "clip_l", [text or "" for text in told.values()], device, dtype)
-    clip_g = run_encoder(checkpoint, "clip_g", [text or "" for text in told.values()], device, dtype)
-    branches = {
-        branch: (torch.cat([l, g], dim=2), pooled)
-        for branch, (l, _), (g, pooled) in zip(told, clip_l, clip_g)
-    }
-    config, clip = checkpoint.config("denoiser"), checkpoint.config("clip_g")
-    nothing = [
-        torch.zeros(shape, device=device, dtype=dtype)
-        for shape in ((1, clip.positions, config.context_width), (1, clip.projection))
-    ]
-    sizes = torch.tensor([height, width, 0, 0, height, width], device=device)
-    sizes = (
-        sinusoid(sizes, (config.vector_width - clip.projection) // len(sizes)).flatten()[None].to(dtype)
-    )  # (1, 6 * 256)
-    made = {branch: branches.get(branch, nothing) for branch in texts}
-    return {
-        branch: UNetConditioning(text, torch.cat([pooled, sizes], dim=1))
-        for branch, (text, pooled) in made.items()
-    }
-
-
-def encode_sd3(checkpoint, texts, device, dtype, t5) -> dict[str, MMDiTConditioning]:
-    """SD3: CLIP rows (CLIP-L and bigG side by side, padded with zeros to T5's width), then T5's rows; pooled of both CLIPs.
-
-    Without a negative prompt the empty string is encoded. Without T5 its rows are zeros (Esser et al. 2024, Sec. 5.3.3).
-    """
-    names, texts = [*texts], [text or "" for text in texts.values()]
-    clip_l = run_encoder(checkpoint, "clip_l", texts, device, dtype)
-    clip_g = run_encoder(checkpoint, "clip_g", texts, device, dtype)
-    context_width = checkpoint.config("denoiser").context_width
-    if "t5" not in checkpoint.parts:
-        text_t5s = [torch.zeros(1, checkpoint.t5_length, context_width, device=device, dtype=dtype)] * len(
-            texts
-        )
-    else:
+    def run(part: str, texts: list[str]) -> list:
+        """What an encoder makes of texts: a tensor each, or a pair with the pooled text."""
+        if part != "t5":
+            return run_encoder(checkpoint, part, texts, device, dtype)
         place, precision = (torch.device("cpu"), torch.float32) if t5 == "cpu" else (device, dtype)
         stored = t5 == "fp8" or place.type == "cpu"
-        text_t5s = [
-            text.to(device) for text in run_encoder(checkpoint, "t5", texts, place, precision, stored)
-        ]
-    branches = []
-    for (text_l, pooled_l), (text_g, pooled_g), text_t5 in zip(clip_l, clip_g, text_t5s):
-        clip = torch.cat([text_l, text_g], dim=2)
-        clip = F.pad(clip, (0, context_width - clip.shape[2]))
-        text = torch.cat([clip, text_t5.to(dtype)], dim=1)  # (1, 77 + 256, 4096) in SD3-medium
-        branches.append(MMDiTConditioning(text, torch.cat([pooled_l, pooled_g], dim=1)))
-    return dict(zip(names, branches))
+        return [text.to(device) for text in run_encoder(checkpoint, part, texts, place, precision, stored)]
+
+    return conditioning_of(checkpoint, run, prompt, negative_prompt, (height, width), branches, device, dtype)
+
+
+def meta_encode(checkpoint: Checkpoint, height: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The conditioning of both branches on the meta device: shapes and dtypes."""
+    lengths = text_lengths(checkpoint)
+
+    def run(part: str, texts: list[str]) -> list:
+        encoder = checkpoint.part(part).module.to(dtype)
+        ids = torch.empty(1, lengths[part], dtype=torch.long, device="meta")
+        return [encoder(ids) for _ in texts]
+
+    size, branches = (height, width), ("cond", "uncond")
+    return conditioning_of(checkpoint, run, "", "", size, branches, torch.device("meta"), dtype)
+
+
+def conditioning_of(
+    checkpoint: Checkpoint,
+    run: Callable[[str, list[str]], list],
+    prompt: str,
+    negative_prompt: str | None,
+    size: tuple[int, int],
+    branches: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Branch -> what the family makes of its text by `run(part, texts)`."""
+    absent = None if checkpoint.zero_negative else ""
+    texts = {"cond": prompt, "uncond": absent if negative_prompt is None else negative_prompt}
+    like = torch.empty(0, device=device, dtype=dtype)
+    encoded = checkpoint.model.encode(
+        run, [texts[branch] for branch in branches], size, checkpoint.configs, text_lengths(checkpoint), like
+    )
+    return dict(zip(branches, encoded))
+
+
+def text_lengths(checkpoint: Checkpoint) -> dict[str, int]:
+    """Text encoder -> tokens that it reads; T5's also where there is none."""
+    lengths = {part: getattr(checkpoint.config(part), "positions", None) for part in checkpoint.text_encoders}
+    return {part: length or checkpoint.t5_length for part, length in lengths.items()} | {
+        "t5": checkpoint.t5_length
+    }

@@ -5,10 +5,16 @@ single file after `first_stage_model.`. SDXL and SD 1.5 have four latent channel
 has sixteen channels and no such convolutions.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.names import Rule, copy, identity, official, one_of
+from models.sizes import Shapes, at_least_one, divide, groups, how_many, number, size
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,64 @@ class AutoencoderConfig:
     def factor(self) -> int:
         """Pixels per latent along a side."""
         return 2 ** (len(self.multipliers) - 1)
+
+    @classmethod
+    def from_shapes(
+        cls, shapes: Shapes, given: Mapping[str, Any] = MappingProxyType({})
+    ) -> "AutoencoderConfig":
+        """Sizes from official names and shapes; `given` may have scaling, shift, groups. ValueError where they make up no autoencoder."""
+        channels = size(shapes, "encoder.conv_in.weight", 0, 4)
+        levels = at_least_one(how_many(shapes, r"encoder\.down\.(\d+)\."), "levels in the encoder")
+        widths = [size(shapes, f"encoder.down.{level}.block.0.conv1.weight", 0, 4) for level in range(levels)]
+        scaling = number(given, "scaling", cls.scaling, float)
+        if scaling == 0:
+            raise ValueError("the configuration gives scaling = 0")
+        return cls(
+            channels=channels,
+            multipliers=tuple(divide(width, channels, "channels of a level") for width in widths),
+            blocks=at_least_one(
+                how_many(shapes, r"encoder\.down\.0\.block\.(\d+)\."), "residual blocks in the encoder"
+            ),
+            latent_channels=size(shapes, "decoder.conv_in.weight", 1, 4),
+            quant_convs="post_quant_conv.weight" in shapes,
+            groups=groups(given, channels),
+            scaling=scaling,
+            shift=number(given, "shift", cls.shift, float),
+        )
+
+
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+                 "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # fmt: skip
+
+
+def hugging_face(keys: Collection[str]) -> list[Rule]:
+    """Hugging Face autoencoder: the decoder's levels counted from the other end, Linear attention layers."""
+    last = how_many(keys, r"decoder\.up_blocks\.(\d+)\.") - 1
+    layer = r"((?:norm1|conv1|norm2|conv2|conv_shortcut)\.(?:weight|bias))"
+
+    def resnet(place: str, rest: str) -> list[tuple[str, str]]:
+        return copy(f"{place}.{rest.replace('conv_shortcut', 'nin_shortcut')}")
+
+    def attention(half: str, name: str, kind: str) -> list[tuple[str, str]]:
+        how = "conv" if kind == "weight" and name != "group_norm" else "copy"
+        return [(f"{half}.mid.attn_1.{ATTENTION[name]}.{kind}", how)]
+
+    return [
+        identity(r"(?:post_)?quant_conv\.|(?:encoder|decoder)\.conv_(?:in|out)\."),
+        (r"(encoder|decoder)\.conv_norm_out\.(\w+)", lambda half, kind: copy(f"{half}.norm_out.{kind}")),
+        (rf"(encoder|decoder)\.mid_block\.resnets\.([01])\.{layer}",
+         lambda half, i, rest: resnet(f"{half}.mid.block_{int(i) + 1}", rest)),
+        (rf"(encoder|decoder)\.mid_block\.attentions\.0\.({one_of(ATTENTION)})\.(weight|bias)",
+         attention),
+        (rf"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.{layer}",
+         lambda level, i, rest: resnet(f"encoder.down.{level}.block.{i}", rest)),
+        (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.(.+)",
+         lambda level, rest: copy(f"encoder.down.{level}.downsample.{rest}")),
+        (rf"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.{layer}",
+         lambda level, i, rest: resnet(f"decoder.up.{last - int(level)}.block.{i}", rest)),
+        (r"decoder\.up_blocks\.(\d+)\.upsamplers\.0\.(.+)",
+         lambda level, rest: copy(f"decoder.up.{last - int(level)}.upsample.{rest}")),
+    ]  # fmt: skip
 
 
 def norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -181,6 +245,13 @@ class Decoder(nn.Module):
 
 class Autoencoder(nn.Module):
     """Both halves; sampling needs the decoder alone. Images lie in [-1, 1]."""
+
+    Config, title = AutoencoderConfig, "autoencoder"
+    namings = (("decoder.up.", official), ("decoder.up_blocks.", hugging_face))
+    surplus = r"(?:loss|model_ema)\..*"  # of its training
+    # of a Hugging Face config.json
+    json_fields = {"norm_num_groups": "groups", "scaling_factor": "scaling", "shift_factor": "shift"}
+    only_encoding = ("encoder", "quant_conv")  # modules that sampling does not need
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

@@ -4,12 +4,20 @@ Parameter names equal the official `clip_l.safetensors` and `clip_g.safetensors`
 section 2.4; sizes: Stability-AI/sd3.5 `sd3_infer.py` (CLIPL_CONFIG, CLIPG_CONFIG).
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import LongTensor, Tensor, nn
+
+from models.names import Rule, copy, identity, one_of
+from models.sizes import Shapes, heads, how_many, layers, size
+
+LAYERS = {768: 12, 1280: 32}  # of the official towers, by width
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,77 @@ class CLIPConfig:
         None  # id of the end token, None for the last of the vocabulary (added tokens follow it)
     )
 
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, given: Mapping[str, Any] = MappingProxyType({})) -> "CLIPConfig":
+        """Sizes from official names and shapes; `given` may have activation, heads, layers, spare_layers.
+
+        ValueError where they make up no text tower.
+        """
+        table = "text_model.embeddings.token_embedding.weight"
+        width = size(shapes, table, 1, 2)
+        activation = given.get("activation", cls.activation)
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            raise ValueError(
+                f"the configuration gives activation = {activation!r:.50}, known are {list(ACTIVATIONS)}"
+            )
+        projection = "text_projection.weight"
+        positions = size(shapes, "text_model.embeddings.position_embedding.weight", 0, 2)
+        if positions < 3:
+            raise ValueError(f"{positions} positions leave no room for text")
+        found = how_many(shapes, r"text_model\.encoder\.layers\.(\d+)\.")
+        return cls(
+            vocabulary=size(shapes, table, 0, 2),
+            positions=positions,
+            width=width,
+            layers=layers(found, LAYERS, width, given),
+            heads=heads(given, width),
+            mlp_width=size(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 2),
+            activation=activation,
+            projection=size(shapes, projection, 0, 2) if projection in shapes else None,
+        )
+
 
 CLIP_L = CLIPConfig()
 CLIP_BIGG = CLIPConfig(width=1280, layers=32, heads=20, mlp_width=5120, activation="gelu", projection=1280)
+
+
+OPENCLIP = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+                  "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+
+
+def openclip(keys: Collection[str]) -> list[Rule]:
+    """OpenCLIP: q, k, v fused; the projection stored for x @ P where nn.Linear has x @ W.T.
+
+    Files by older convert scripts of diffusers keep the projection as nn.Linear has it, as `text_projection.weight`; ComfyUI
+    (comfy/utils.py, clip_text_transformers_convert) tells the two apart by the name too.
+    """
+    layer = r"transformer\.resblocks\.(\d+)\."
+
+    def fused(i: str, kind: str) -> list[tuple[str, str]]:
+        names = (f"text_model.encoder.layers.{i}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+        return [(name, f"third {third}") for third, name in enumerate(names)]
+
+    return [
+        (r"token_embedding\.weight", lambda: copy("text_model.embeddings.token_embedding.weight")),
+        (r"positional_embedding", lambda: copy("text_model.embeddings.position_embedding.weight")),
+        (r"ln_final\.(\w+)", lambda kind: copy(f"text_model.final_layer_norm.{kind}")),
+        (r"text_projection", lambda: [("text_projection.weight", "transpose")]),
+        identity(r"text_projection\.weight"),
+        (layer + r"attn\.in_proj_(weight|bias)", fused),
+        (layer + rf"({one_of(OPENCLIP)})\.(weight|bias)",
+         lambda i, name, kind: copy(f"text_model.encoder.layers.{i}.{OPENCLIP[name]}.{kind}")),
+    ]  # fmt: skip
+
+
+def transformers(keys: Collection[str]) -> list[Rule]:
+    """transformers' naming, which is the official one too; transformers 5 shows it without `text_model.`."""
+    return [
+        (
+            r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..*)",
+            lambda rest: copy(f"text_model.{rest}"),
+        ),
+        identity(r"text_projection\.weight"),
+    ]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -136,6 +212,16 @@ class CLIPText(nn.Module):
 
     SD 1.5 has CLIP-L too, but reads the last state after `final_layer_norm`, which is not returned.
     """
+
+    Config, title = CLIPConfig, "CLIP text encoder"
+    namings = (("transformer.resblocks.", openclip), ("", transformers))
+    # training's temperature, a constant, 0..76, which ComfyUI and older versions of transformers save, and the tower for images
+    surplus = (
+        r"logit_scale|logit_bias|attn_mask|(?:transformer\.)?(?:text_model\.)?embeddings\.position_ids"
+        r"|(?:vision_model|visual_projection|visual)\..*"
+    )
+    # of a Hugging Face config.json
+    json_fields = {"num_attention_heads": "heads", "hidden_act": "activation", "num_hidden_layers": "layers"}
 
     def __init__(self, config: CLIPConfig = CLIP_L):
         super().__init__()

@@ -9,7 +9,6 @@ every block reads the keys and values of all shards.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,35 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.embeddings import sinusoid
+from models.mmdit_config import MMDiTConfig, hugging_face
+from models.names import official
 from models.tape import Features, Shard, Size, Span, Split, best_cuts, spans_between
-
-
-@dataclass(frozen=True)
-class MMDiTConfig:
-    """Sizes of an MMDiT; the defaults are SD3-medium."""
-
-    latent_channels: int = 16
-    patch: int = 2
-    width: int = 1536
-    depth: int = 24
-    heads: int = 24
-    context_width: int = 4096
-    pooled_width: int = 2048
-    positions: int = 192  # side of the stored grid of position embeddings, in patches
-    qk_norm: bool = False
-    dual_blocks: int = (
-        0  # the first so many blocks have a second self-attention over the image tokens (SD3.5-medium)
-    )
-
-    @property
-    def multiple(self) -> int:
-        """Height and width of the latents must be multiples of this."""
-        return self.patch
-
-    @property
-    def largest(self) -> int:
-        """Height and width of the latents must not be more than this."""
-        return self.positions * self.patch
 
 
 class MMDiTConditioning(NamedTuple):
@@ -284,6 +257,10 @@ class FinalLayer(nn.Module):
 class MMDiT(nn.Module):
     """Predicts the velocity (noise - image) of latents x (B, C, h, w); h and w multiples of the patch."""
 
+    Config, title = MMDiTConfig, "MMDiT"
+    namings = (("joint_blocks.", official), ("transformer_blocks.", hugging_face))
+    json_fields = {"attention_head_dim": "head_width"}  # of a Hugging Face config.json
+    surplus = ""
     shardable = True
     frequencies = 256  # width of the sinusoid of the time
 

@@ -5,12 +5,21 @@ twice, is here once as `shared.weight`. Architecture: Raffel et al. 2020 and Sha
 """
 
 import math
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import LongTensor, Tensor, nn
+
+from models.names import Rule, copy, identity
+from models.sizes import Shapes, divide, how_many, layers, number, size
+
+LAYERS = {4096: 24}  # of the official encoder, by width
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,36 @@ class T5Config:
     mlp_width: int = 10240
     buckets: int = 32  # relative positions share one bias per bucket and head
     max_distance: int = 128  # all distances from here on share the last bucket
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, given: Mapping[str, Any] = MappingProxyType({})) -> "T5Config":
+        """Sizes from official names and shapes; `given` may have max_distance, layers. ValueError where they make up no T5."""
+        first, width = "encoder.block.0.layer.0.SelfAttention", size(shapes, "shared.weight", 1, 2)
+        bias_heads = size(shapes, f"{first}.relative_attention_bias.weight", 1, 2)
+        buckets = size(shapes, f"{first}.relative_attention_bias.weight", 0, 2)
+        max_distance = number(given, "max_distance", 128)
+        if buckets < 4 or max_distance <= buckets // 4:
+            raise ValueError(f"{buckets} position buckets up to a distance of {max_distance} are impossible")
+        return cls(
+            vocabulary=size(shapes, "shared.weight", 0, 2),
+            width=width,
+            layers=layers(how_many(shapes, r"encoder\.block\.(\d+)\."), LAYERS, width, given),
+            heads=bias_heads,
+            head_width=divide(size(shapes, f"{first}.q.weight", 0, 2), bias_heads, "attention heads"),
+            mlp_width=size(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0, 2),
+            buckets=buckets,
+            max_distance=max_distance,
+        )
+
+
+def transformers(keys: Collection[str]) -> list[Rule]:
+    """transformers' naming; the embedding table is stored under one or both of two names."""
+    table = "shared.weight" if "shared.weight" in keys else "encoder.embed_tokens.weight"
+    return [
+        (re.escape(table), lambda: copy("shared.weight")),
+        (r"encoder\.embed_tokens\.weight", lambda: []),  # the second copy
+        identity(r"encoder\."),
+    ]
 
 
 def relative_buckets(
@@ -172,6 +211,12 @@ class Encoder(nn.Module):
 
 class T5Encoder(nn.Module):
     """T5 encoder as SD3 uses it: the final-normed last state, pad tokens attended like any other."""
+
+    Config, title = T5Config, "T5 encoder"
+    namings = (("", transformers),)
+    surplus = r"logit_scale|(?:decoder|lm_head)\..*"  # the half that writes
+    # of a Hugging Face config.json
+    json_fields = {"relative_attention_max_distance": "max_distance", "num_layers": "layers"}
 
     def __init__(self, config: T5Config = T5Config()):
         super().__init__()

@@ -8,7 +8,6 @@ reads; these skips stay with whoever runs both, so that one tensor crosses where
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,37 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.embeddings import sinusoid
+from models.names import official
 from models.tape import Shard, Size, Span, Split, best_cuts, spans_between
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Sizes of a U-Net; the defaults are SDXL base 1.0."""
-
-    in_channels: int = 4
-    out_channels: int = 4
-    channels: int = 320
-    multipliers: tuple[int, ...] = (1, 2, 4)  # channels of a level = channels * multiplier
-    blocks: int = 2  # residual blocks a level on the way down, one more on the way up
-    depths: tuple[int, ...] = (0, 2, 10)  # transformer blocks after each residual block of a level
-    middle_depth: int = 10
-    heads: tuple[int, ...] = (5, 10, 20)  # attention heads at each level
-    context_width: int = 2048
-    vector_width: int | None = 2816  # pooled text and sizes; None where the network takes no vector (SD 1.5)
-    groups: int = 32
-    linear_projections: bool = (
-        True  # Linear (SDXL) or 1x1 convolutions (SD 1.5) around the transformer blocks
-    )
-
-    @property
-    def input_blocks(self) -> int:
-        """n: the number of input blocks, and of output blocks."""
-        return len(self.multipliers) * (self.blocks + 1)
-
-    @property
-    def multiple(self) -> int:
-        """Height and width of the latents must be multiples of this: they may be any."""
-        return 1
+from models.unet_config import UNetConfig, hugging_face
 
 
 class UNetConditioning(NamedTuple):
@@ -223,6 +194,11 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """Predicts the noise in latents x (B, in_channels, h, w)."""
 
+    Config, title = UNetConfig, "U-Net"
+    namings = (("input_blocks.", official), ("down_blocks.", hugging_face))
+    # of a Hugging Face config.json; attention_head_dim is the number of heads (diffusers, UNet2DConditionModel)
+    json_fields = {"attention_head_dim": "heads", "num_attention_heads": "heads", "norm_num_groups": "groups"}
+    surplus = ""
     shardable = False
 
     def __init__(self, config: UNetConfig):

@@ -1,72 +1,66 @@
 """What a checkpoint is and what it still needs to make a picture, from headers alone (`--check`)."""
 
+from weights.checkpoint import Checkpoint
 from weights.files import WeightsError
-from weights.load import Checkpoint
-
-NEEDED = ("denoiser", "vae", "clip_l", "clip_g")
-PARTS = {"sdxl": NEEDED, "sd3": (*NEEDED, "t5")}  # T5 can be left out
-TITLES = {
-    "unet": "U-Net",
-    "mmdit": "MMDiT",
-    "vae": "autoencoder",
-    "clip": "CLIP text encoder",
-    "t5": "T5 encoder",
-}
-SOURCES = {
-    "clip_l": "clip_l.safetensors", "clip_g": "clip_g.safetensors",
-    "t5": "t5xxl_fp16.safetensors or t5xxl_fp8_e4m3fn.safetensors",
-}  # fmt: skip
-ENCODER_HOME = "https://huggingface.co/stabilityai/stable-diffusion-3-medium/tree/main/text_encoders"
 
 
 def where_to_get(checkpoint: Checkpoint, part: str) -> str:
     """One sentence: how to come by a missing part."""
-    note = f" ({'; '.join(checkpoint.notes[part])})" if part in checkpoint.notes else ""
+    model, why = checkpoint.model, checkpoint.problems.get(part)
+    missing = f"{part} is missing ({'; '.join(why)})" if why else f"{part} is missing"
     if checkpoint.layout == "folder":
-        return f"{part} is missing{note}: fetch its sub-folder of the same repository."
-    if part in SOURCES:
-        beside = " and put it beside the checkpoint, or" if checkpoint.family == "sd3" else " and"
-        return f"{part} is missing{note}: fetch {SOURCES[part]} from {ENCODER_HOME}{beside} name it by --text-encoders."
-    return f"{part} is missing{note}: this is not the whole model; fetch the official single file."
+        return f"{missing}: fetch its sub-folder of the same repository."
+    if part in model.sources:
+        beside = " and put it beside the checkpoint, or" if model.beside else " and"
+        return f"{missing}: fetch {model.sources[part]}{beside} name it by --text-encoders."
+    return f"{missing}: this is not the whole model; fetch the official single file."
 
 
 def needs(checkpoint: Checkpoint, t5: bool = True) -> list[str]:
     """What is missing to make a picture and where to get it, one sentence each; empty if nothing is.
 
-    T5 itself is never needed; its tokenizer is where T5 is there and used (`t5`).
+    A part that can be left out is never needed; its tokenizer is if the part is there and used (`t5`).
     """
-    missing = [where_to_get(checkpoint, part) for part in NEEDED if part not in checkpoint.parts]
-    if t5 and checkpoint.unusable and "t5" not in checkpoint.parts:
-        missing.append(
-            f"{checkpoint.unusable}; or name another T5 by --text-encoders, or leave T5 out with --no-t5."
-        )
-    for part in ("clip_l", "clip_g", "t5"):
-        if part in checkpoint.parts and (t5 or part != "t5") and not checkpoint.ships_tokenizer(part):
+    parts = checkpoint.model.parts
+    needed = [name for name, part in parts.items() if not part.optional and name not in checkpoint.parts]
+    missing = [where_to_get(checkpoint, name) for name in needed]
+    for name, why in checkpoint.unusable.items():
+        if t5 and name not in checkpoint.parts:
+            missing.append(f"{why}; or name another T5 by --text-encoders, or leave T5 out with --no-t5.")
+    for name in checkpoint.text_encoders:
+        if (t5 or not parts[name].optional) and not checkpoint.ships_tokenizer(name):
             try:
-                checkpoint.tokenizer(part)
+                checkpoint.tokenizer(name)
             except WeightsError as error:
                 missing.append(str(error))
     return missing
 
 
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Names of the parts that a picture is made without."""
+    parts = checkpoint.model.parts
+    return [name for name, part in parts.items() if part.optional and name not in checkpoint.parts]
+
+
 def describe(checkpoint: Checkpoint, t5: bool = True) -> str:
     """Family, layout, parts with sizes and dtypes, and what is needed, as text of a few lines."""
     layout = {"single": "official single file", "folder": "Hugging Face folder"}[checkpoint.layout]
-    lines = [f"{checkpoint.path}: {checkpoint.family.upper()}, {layout}"]
-    for part in PARTS[checkpoint.family]:
-        if part not in checkpoint.parts:
-            lines.append(f"  {part:<9} missing" + (", can be left out" if part == "t5" else ""))
+    lines = [f"{checkpoint.path}: {checkpoint.model.title}, {layout}"]
+    for name, part in checkpoint.model.parts.items():
+        if name not in checkpoint.parts:
+            lines.append(f"  {name:<9} missing" + (", can be left out" if part.optional else ""))
             continue
-        fitted = checkpoint.part(part)
-        parameters = sum(tensor.numel() for tensor in fitted.module.state_dict().values())
-        stored = fitted.bytes_by_dtype
+        checked = checkpoint.part(name)
+        parameters = sum(tensor.numel() for tensor in checked.module.state_dict().values())
+        stored = checked.bytes_by_dtype
         lines.append(
-            f"  {part:<9} {TITLES[fitted.kind]}, {parameters / 1e6:,.1f} M parameters, {', '.join(stored)},"
+            f"  {name:<9} {part.network.title}, {parameters / 1e6:,.1f} M parameters, {', '.join(stored)},"
             f" {stored.total() / 1e6:,.1f} MB"
         )
     lines += checkpoint.remarks
     missing = needs(checkpoint, t5)
-    if "t5" not in checkpoint.parts and checkpoint.family == "sd3" and not checkpoint.unusable:
-        lines.append(f"Optional: {where_to_get(checkpoint, 't5')}")
+    for name in left_out(checkpoint):
+        if name not in checkpoint.unusable:
+            lines.append(f"Optional: {where_to_get(checkpoint, name)}")
     lines += [f"Needed: {sentence}" for sentence in missing] or ["Nothing is missing: a picture can be made."]
     return "\n".join(lines)

@@ -5,14 +5,15 @@ import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
+from models.family import Part
 from weights.files import WeightsError
-from weights.parts import FOLDERS
+from weights.kinds import known
+import models
 from weights.tokenizers import hub_cache
 
 DEMOS = ("demo-sdxl", "demo-sd3")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json",
                    "added_tokens.json", "special_tokens_map.json")  # fmt: skip
 
@@ -42,15 +43,15 @@ def wanted(files: Collection[str]) -> list[str]:
 
     Of weights that come in several variants the fp16 one is taken. Empty if the choice is not clear.
     """
-    folders = next(
-        (f for f in FOLDERS.values() if any(file.startswith(f["denoiser"] + "/") for file in files)), None
+    parts = next(
+        (parts for parts in all_parts() if any(f.startswith(f"{parts[0].folder}/") for f in files)), None
     )
-    if folders is None:
+    if parts is None:
         single = [file for file in files if "/" not in file and file.endswith(".safetensors")]
         return single if len(single) == 1 else []
     chosen = [file for file in files if file in ("model_index.json", "scheduler/scheduler_config.json")]
-    for folder in folders.values():
-        inside = [file for file in files if str(PurePosixPath(file).parent) == folder]
+    for part in parts:
+        inside = [file for file in files if str(PurePosixPath(file).parent) == part.folder]
         weights = [
             file for file in inside if re.search(r"/(model|diffusion_pytorch_model)[^/]*\.safetensors$", file)
         ]
@@ -63,7 +64,13 @@ def wanted(files: Collection[str]) -> list[str]:
         indexes = [file for file in inside if re.search(r"\.safetensors(\.\w+)?\.index(\.\w+)?\.json$", file)]
         chosen += weights + [file for file in indexes if (".fp16" in file) == half]
         chosen += [file for file in inside if file.endswith("/config.json")]
-    return chosen + [f for f in files if f in {f"{d}/{name}" for d in TOKENIZERS for name in TOKENIZER_FILES}]
+    tokenizers = {f"{part.tokenizer}/{name}" for part in parts for name in TOKENIZER_FILES}
+    return chosen + [file for file in files if file in tokenizers]
+
+
+def all_parts() -> list[list[Part]]:
+    """The parts of every family, the denoiser first."""
+    return [list(family.parts.values()) for family in models.FAMILIES]
 
 
 def from_hub(name: str) -> Path:
@@ -97,7 +104,7 @@ def from_hub(name: str) -> Path:
         ) from None
     single = [file for file in files if file.endswith(".safetensors")]
     raise WeightsError(
-        f"{name} holds no SDXL or SD3 model in Hugging Face layout and not exactly one .safetensors file"
+        f"{name} holds no {known(' or ')} model in Hugging Face layout and not exactly one .safetensors file"
         f" ({', '.join(single[:6]) or 'none'}): fetch one with `hf download {name} FILE` and give that."
     )
 
@@ -111,7 +118,7 @@ def cached_snapshot(name: str) -> Path | None:
             return None
     except OSError:
         return None
-    if any((folder / folders["denoiser"]).is_dir() for folders in FOLDERS.values()):
+    if any((folder / parts[0].folder).is_dir() for parts in all_parts()):
         return folder
     single = sorted(folder.glob("*.safetensors"))
     return single[0] if len(single) == 1 else None

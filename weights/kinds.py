@@ -3,18 +3,16 @@
 import re
 from collections.abc import Mapping
 
+import models
 from weights.files import Entry, some
 
-V_PREDICTION = r"(v_pred|ztsnr)$|edm_vpred\."
-VARIANT = "an SDXL variant with v-prediction or another noise schedule"
-OTHER_KINDS = (  # what one tensor is enough to tell
+OTHER_KINDS = (  # what one tensor is enough to tell; {}: the families that are run
     (r".*(lora_|\.lora\.|\.lokr_|\.hada_|\.dora_scale|\.alpha$)", "a LoRA, which is no model of its own: merge it into"
      " one first"),
     (r"(control_model|controlnet_|input_hint_block)", "a ControlNet, which is not run here"),
-    (V_PREDICTION, f"{VARIANT}, which is not run here"),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model: only SDXL and SD3 are run here"),
-    (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner: only the base model is run here"),
-    (r"cond_stage_model\.|model\.diffusion_model\.input_blocks\.", "a Stable Diffusion 1 or 2 model: only SDXL and SD3"
+    (r"(v_pred|ztsnr)$|edm_vpred\.", "a variant with v-prediction or another noise schedule, which is not run here"),
+    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model: only {} are run here"),
+    (r"cond_stage_model\.|model\.diffusion_model\.input_blocks\.", "a Stable Diffusion 1 or 2 model: only {}"
      " are run here"),
     (r"(emb_params|string_to_param|clip_[lg])$", "a textual inversion embedding, not a model"),
     (r"(down_blocks|transformer_blocks)\.", "a denoiser in Hugging Face naming: give the folder that holds"
@@ -36,18 +34,23 @@ QUANTISED = (  # names of what is stored beside quantised weights, and how these
 )  # fmt: skip
 
 
+def known(between: str = " and ") -> str:
+    """The families that are run, in words."""
+    return between.join(family.title for family in models.FAMILIES)
+
+
 def other_kind(entries: Mapping[str, Entry]) -> str:
-    """What a file that holds neither SDXL nor SD3 is."""
+    """What a file is that holds no family's denoiser."""
     for pattern, kind in OTHER_KINDS:
         if any(re.match(pattern, key) for key in entries):
-            return kind
+            return kind.format(known())
     if entries and all(re.match(AUTOENCODER, key) for key in entries):
         return "an autoencoder alone, not a whole model"
     if any(re.match(INCOMPLETE, key) for key in entries):
         return "not a whole model: it has no denoiser (model.diffusion_model.); fetch the whole file"
     if words := quantised(entries):
         return f"a file of {words}"
-    return f"neither an SDXL nor an SD3 model; its tensors: {some(list(entries)) or 'none'}"
+    return f"neither an {known(' nor an ')} model; its tensors: {some(list(entries)) or 'none'}"
 
 
 def quantised(entries: Mapping[str, Entry]) -> str | None:

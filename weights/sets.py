@@ -13,9 +13,9 @@ FILE = re.compile(
 INDEX = re.compile(
     r"(?P<stem>[^.]+)(?:\.(?P<first>[^.]+))?\.safetensors(?:\.(?P<older>[^.]+))?\.index(?:\.(?P<variant>[^.]+))?\.json"
 )
-STEMS = {"clip": "model", "t5": "model"}  # transformers' name; all others have diffusers'
-DIFFUSERS = "diffusion_pytorch_model"
-WHOLE_FIRST = ("clip", "t5")  # transformers takes a whole file before an index, diffusers an index before all
+# text encoders follow transformers, which takes a whole file before an index; all others follow diffusers, which
+# takes an index before all
+TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
 ORDER = {"": 0, "fp16": 1, "bf16": 2}  # of the variants
 
 
@@ -33,8 +33,8 @@ class Variant:
         return [self.whole, *numbered] if self.whole else numbered
 
 
-def variants(folder: Path, kind: str) -> dict[str, Variant]:
-    """The weights of a sub-folder by variant ("" first): those under the usual name of the kind, else under any one name."""
+def variants(folder: Path, text: bool) -> dict[str, Variant]:
+    """The weights of a sub-folder by variant ("" first): those under the usual name, else under any one name."""
     found: dict[str, dict[str, Variant]] = {}  # stem -> variant
     for file in sorted(folder.glob("*.safetensors")):
         if match := FILE.fullmatch(file.name):
@@ -48,15 +48,17 @@ def variants(folder: Path, kind: str) -> dict[str, Variant]:
         if match := INDEX.fullmatch(file.name):
             name = match["variant"] or match["older"] or match["first"] or ""
             found.setdefault(match["stem"], {}).setdefault(name, Variant()).index = file
-    usual = STEMS.get(kind, DIFFUSERS)
+    usual = TRANSFORMERS if text else DIFFUSERS
     filled = [stem for stem, those in found.items() if any(variant.files() for variant in those.values())]
-    stem = min(filled, key=lambda stem: (stem != usual, stem not in (DIFFUSERS, "model"), stem), default=None)
+    stem = min(
+        filled, key=lambda stem: (stem != usual, stem not in (DIFFUSERS, TRANSFORMERS), stem), default=None
+    )
     return dict(sorted(found.get(stem, {}).items(), key=lambda item: (ORDER.get(item[0], 3), item[0])))
 
 
-def chosen(folder: Path, kind: str, variant: Variant) -> list[Path]:
+def chosen(folder: Path, text: bool, variant: Variant) -> list[Path]:
     """The files of a variant that count; WeightsError where some are missing, or nothing tells which set counts."""
-    if variant.index and not (kind in WHOLE_FIRST and variant.whole):
+    if variant.index and not (text and variant.whole):
         return indexed(variant.index)
     if variant.whole:
         return [variant.whole]
@@ -90,13 +92,13 @@ def indexed(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def folder_entries(folder: Path, kind: str) -> tuple[dict[str, Entry], list[str]]:
-    """The tensors of a sub-folder, and a remark where there was a choice.
+def folder_entries(folder: Path, text: bool) -> tuple[dict[str, Entry], list[str]]:
+    """The tensors of a sub-folder (`text`: of a text encoder), and a remark where there was a choice.
 
     The plain files are taken, else the fp16 or bf16 variant. A variant that cannot be used, such as one with a pointer of Git LFS
     or without the files that its index names, makes way for the next. Shards are put together.
     """
-    found = variants(folder, kind)
+    found = variants(folder, text)
     if not found:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
         raise WeightsError(
@@ -106,7 +108,7 @@ def folder_entries(folder: Path, kind: str) -> tuple[dict[str, Entry], list[str]
     problems = []
     for name, variant in found.items():
         try:
-            files = chosen(folder, kind, variant)
+            files = chosen(folder, text, variant)
             entries = together(files)
         except WeightsError as problem:
             problems.append(problem)

@@ -27,8 +27,7 @@ from models.tokenizers import (
     fixed_row,
     special_token,
 )
-from weights.files import WeightsError
-from weights.parts import read_json
+from weights.files import WeightsError, read_json
 
 PACKED = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 CLIP_WORDS = 49408
