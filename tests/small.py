@@ -1,7 +1,7 @@
 """Small random checkpoints for the tests: the official single file, and the same weights as a Hugging Face folder.
 
 The folder is written by diffusers' and transformers' own `save_pretrained`, so that its names are theirs; the weights
-get there by undoing the rules of weights/layouts.py, which test_networks.py and test_names.py hold against the
+get there by undoing the rules of weights/names.py, which test_networks.py and test_names.py hold against the
 originals.
 """
 
@@ -17,15 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import weights.demo
+from hybridiff.switching import SwitchRule
+from models import FAMILIES
 from models.autoencoder import AutoencoderConfig
-from models.clip import CLIPConfig
+from models.clip import CLIPConfig, CLIPText
 from models.mmdit import MMDiTConfig
 from models.t5 import T5Config
 from models.unet import UNetConfig
 from weights.check import build
-from weights.layouts import Source, translate
-from weights.parts import FOLDERS, PREFIXES, kind_of
+from weights.names import Source, translate
 
+PREFIXES, FOLDERS, NETWORKS = (
+    {family.name: {name: getattr(part, what) for name, part in family.parts.items()} for family in FAMILIES}
+    for what in ("prefix", "folder", "network")
+)  # family -> part -> ...
+RULES = {family.name: SwitchRule(**family.switch) for family in FAMILIES}  # the paper's, at 50 steps
 DEMO = Path(weights.demo.__file__).parent  # its tokenizers serve here too
 WORDS = len(json.loads((DEMO / "vocab.json").read_text()))
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "spiece.model")).vocab_size()
@@ -86,7 +92,7 @@ def random_states(family: str, dtype: torch.dtype, sizes: dict | None = None) ->
     generator = torch.Generator().manual_seed(0)
     states = {}
     for part, config in (sizes or SIZES[family]).items():
-        shapes = build(kind_of(part, family), config).state_dict()
+        shapes = build(NETWORKS[family][part], config).state_dict()
         states[part] = {
             name: (0.1 * torch.randn(t.shape, generator=generator) + name.endswith("norm.weight")).to(dtype)
             for name, t in shapes.items()
@@ -106,7 +112,7 @@ def write_single(
     for part, state in states.items():
         if (family, part) == ("sdxl", "clip_g"):
             keys = openclip_keys(SIZES[family][part].layers)
-            state = undo(translate("clip", keys)[0], state) | {"logit_scale": torch.tensor(4.6)}
+            state = undo(translate(CLIPText, keys)[0], state) | {"logit_scale": torch.tensor(4.6)}
         if part == "t5":
             state = state | {"encoder.embed_tokens.weight": state["shared.weight"].clone()}
         tensors |= {PREFIXES[family][part] + name: tensor for name, tensor in state.items()}
@@ -162,9 +168,8 @@ def write_folder(
     """The Hugging Face folder, with the demo's tokenizer files."""
     for part, state in states.items():
         module, folder = theirs(family, part), path / FOLDERS[family][part]
-        kind = kind_of(part, family)
         names = module.state_dict()
-        sources, unexpected = translate(kind, names)
+        sources, unexpected = translate(NETWORKS[family][part], names)
         assert not unexpected
         tensors = undo(sources, state)
         if part == "t5" and "encoder.embed_tokens.weight" in names:

@@ -16,14 +16,13 @@ import train_free_sample
 import transformers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from small import SIZES, random_states, write_folder, write_single
+from small import FOLDERS, PREFIXES, SIZES, random_states, write_folder, write_single
 from test_bad_files import sentence
 from torch import Tensor
 
 from weights import find
 from weights.describe import describe, needs
 from weights.load import open_checkpoint
-from weights.parts import FOLDERS, PREFIXES
 
 torch.set_num_threads(1)
 

@@ -5,20 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import random_states, write_single
+from small import PREFIXES, RULES, random_states, write_single
 
 import hybridiff.pipeline
 from hybridiff.errors import UsageError
 from hybridiff.pipeline import Request, decode, generate
-from hybridiff.presets import PAPER_RULES
 from hybridiff.transport import Mailbox
 from weights.load import open_checkpoint
-from weights.parts import PREFIXES
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 REQUEST = Request(prompt="a red circle", negative_prompt="blue", steps=3, guidance=5.0, height=40, width=40, seed=3,
-                  sampler=None, strategy="serial", rule=PAPER_RULES["sdxl"], dtype=torch.float32)  # fmt: skip
+                  sampler=None, strategy="serial", rule=RULES["sdxl"], dtype=torch.float32)  # fmt: skip
 
 
 @pytest.mark.parametrize("family, part, key, words", [

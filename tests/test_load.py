@@ -16,7 +16,7 @@ import torch
 import transformers
 from official import tensors, write_sparse
 from safetensors.torch import load_file, save_file
-from small import PIECES, SIZES, random_states, write_folder, write_single
+from small import FOLDERS, PIECES, PREFIXES, SIZES, random_states, write_folder, write_single
 from test_samplers import relative
 from test_tokenizers import t5_oracle
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from hybridiff.text import encode
 from weights import find
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint
-from weights.parts import FOLDERS, PREFIXES
 
 torch.set_num_threads(1)
 
@@ -344,7 +343,7 @@ def test_a_folder_whose_t5_cannot_be_used_opens_without_it(tmp_path: Path):
         folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
         spoil(folder / "text_encoder_3" / "model.safetensors")
         checkpoint = open_checkpoint(str(folder))
-        (note,) = checkpoint.notes["t5"]
+        (note,) = checkpoint.problems["t5"]
         assert words in note and f"Optional: t5 is missing ({note}): fetch its sub-folder" in describe(
             checkpoint
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small import RULES
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,13 +21,12 @@ from benchmarks.full_size import make_task
 from hybridiff.errors import UsageError
 from hybridiff.memory import FEATURES, Place, demands, refuse_too_large
 from hybridiff.pipeline import Request
-from hybridiff.presets import PAPER_RULES
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from weights.load import open_checkpoint
 
 CPU = torch.device("cpu")
 REQUEST = Request(prompt="a red circle", negative_prompt=None, steps=3, guidance=5.0, height=2048, width=2048, seed=3, sampler=None, strategy="condition",
-                  rule=PAPER_RULES["sdxl"], dtype=torch.float32)  # fmt: skip
+                  rule=RULES["sdxl"], dtype=torch.float32)  # fmt: skip
 
 
 class Live(TorchDispatchMode):

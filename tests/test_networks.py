@@ -1,6 +1,6 @@
-"""U-Net, MMDiT and autoencoder against diffusers in fp32 (`close`), and their cuts against forward (`equal`).
+"""U-Net, MMDiT and autoencoder against diffusers in fp32 (`close`), and their spans against forward (`equal`).
 
-The weights are carried over through weights/layouts.py and the configs sniffed from them. Every tensor is random, norms
+The weights are carried over through weights/names.py and the configs read off their shapes. Every tensor is random, norms
 and biases too, so that a tensor in the wrong place cannot hide.
 """
 
@@ -11,13 +11,14 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from models.autoencoder import Autoencoder
 from models.embeddings import sinusoid
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.tape import Shard
 from models.unet import UNet, UNetConditioning, UNetConfig
-from weights import sniff
-from weights.layouts import translate
 from weights.check import build
+from weights.names import translate
+from weights.parts import given_by_json
 
 torch.set_num_threads(1)
 
@@ -67,19 +68,14 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def carried(kind: str, theirs: nn.Module, family: str = "sdxl") -> nn.Module:
+def carried(network: type[nn.Module], theirs: nn.Module) -> nn.Module:
     """Our network with the weights of theirs."""
     tensors = theirs.state_dict()
-    sources, unexpected = translate(kind, tensors)
+    sources, unexpected = translate(network, tensors)
     assert not unexpected
     state = {name: source.make([tensors[key] for key in source.keys]) for name, source in sources.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    given = sniff.given_by_json(kind, theirs.config)
-    if kind == "vae":
-        config = sniff.autoencoder(shapes, family, given)
-    else:
-        config = {"unet": sniff.unet, "mmdit": sniff.mmdit}[kind](shapes, given)
-    ours = build(kind, config)
+    ours = build(network, network.Config.from_shapes(shapes, given_by_json(network, theirs.config)))
     ours.load_state_dict(state, strict=True, assign=True)
     return ours.eval().requires_grad_(False)
 
@@ -94,7 +90,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @torch.inference_mode()
 def test_sdxl_like_unet_close_to_diffusers(height: int, width: int):
     theirs = randomize(UNet2DConditionModel(sample_size=16, **SDXL_LIKE))
-    ours = carried("unet", theirs)
+    ours = carried(UNet, theirs)
     assert (ours.config.depths, ours.config.heads, ours.config.groups) == ((0, 1, 2), (1, 2, 4), 8)
     x, text, pooled = noise(2, 4, height, width), noise(2, 9, 48, seed=1), noise(2, 40, seed=2)
     t = torch.tensor([981, 1])
@@ -107,7 +103,7 @@ def test_sdxl_like_unet_close_to_diffusers(height: int, width: int):
 @torch.inference_mode()
 def test_sd1_like_unet_close_to_diffusers():
     theirs = randomize(UNet2DConditionModel(sample_size=16, **SD1_LIKE))
-    ours = carried("unet", theirs)
+    ours = carried(UNet, theirs)
     assert not ours.config.linear_projections and ours.config.vector_width is None
     assert ours.config.heads[:3] == (8, 8, 8)
     x, text, t = noise(2, 4, 8, 16), noise(2, 7, 24, seed=1), torch.tensor([500, 20])
@@ -120,7 +116,7 @@ def test_sd1_like_unet_close_to_diffusers():
 @torch.inference_mode()
 def test_mmdit_close_to_diffusers(sizes: dict, height: int, width: int):
     theirs = randomize(SD3Transformer2DModel(**sizes))
-    ours = carried("mmdit", theirs)
+    ours = carried(MMDiT, theirs)
     assert ours.config.qk_norm == ("qk_norm" in sizes)
     assert ours.config.dual_blocks == len(sizes.get("dual_attention_layers", ()))
     x, text, pooled = noise(2, 16, height, width), noise(2, 9, 40, seed=1), noise(2, 24, seed=2)
@@ -133,7 +129,7 @@ def test_mmdit_close_to_diffusers(sizes: dict, height: int, width: int):
 @torch.inference_mode()
 def test_autoencoder_close_to_diffusers(sizes: dict, family: str):
     theirs = randomize(AutoencoderKL(**sizes))
-    ours = carried("vae", theirs, family)
+    ours = carried(Autoencoder, theirs)
     images, latents = noise(2, 3, 32, 48), noise(2, sizes["latent_channels"], 4, 6, seed=1)
     mean, log_variance = ours.encode(images)
     posterior = theirs.encode(images).latent_dist
@@ -154,8 +150,8 @@ def test_autoencoder_with_the_old_attention_names_equal():
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
         renamed[name] = tensor
     assert renamed.keys() != tensors.keys()
-    for key, source in translate("vae", tensors)[0].items():
-        other = translate("vae", renamed)[0][key]
+    for key, source in translate(Autoencoder, tensors)[0].items():
+        other = translate(Autoencoder, renamed)[0][key]
         assert torch.equal(
             source.make([tensors[k] for k in source.keys]), other.make([renamed[k] for k in other.keys])
         )

@@ -25,13 +25,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from small import CLIP, random_states, write_folder, write_single
+from small import CLIP, RULES, random_states, write_folder, write_single
 from test_samplers import BETAS, relative
 from test_tokenizers import t5_oracle
 from torch import Tensor
 
 from hybridiff.pipeline import Request, Result, draw_noise, generate
-from hybridiff.presets import PAPER_RULES
 from hybridiff.text import encode
 from hybridiff.transport import Mailbox
 from weights.load import open_checkpoint
@@ -41,7 +40,7 @@ FACTOR, CHANNELS = 4, {"sdxl": 4, "sd3": 16}  # of the autoencoders in small.py
 TEXT, NEGATIVE = "a red circle on blue", "a green square"
 LONG = "a small yellow triangle above two large red circles and a green square on a dark blue ground, " * 15
 DEFAULT = Request(prompt=TEXT, negative_prompt=NEGATIVE, steps=4, guidance=5.0, height=40, width=40, seed=3,
-                  sampler=None, strategy="serial", rule=PAPER_RULES["sdxl"], dtype=torch.float32)  # fmt: skip
+                  sampler=None, strategy="serial", rule=RULES["sdxl"], dtype=torch.float32)  # fmt: skip
 WIDE, TALL = dict(height=24, width=72), dict(height=56, width=40)
 NONE, EMPTY = dict(negative_prompt=None), dict(negative_prompt="")
 CASES = [  # checkpoint, what is asked for
@@ -156,7 +155,7 @@ def ours(path: Path, asked: Request) -> Result:
 
 
 def noise_of(family: str, asked: Request) -> Tensor:
-    return draw_noise(CHANNELS[family], asked.height // FACTOR, asked.width // FACTOR, asked.seed)
+    return draw_noise((1, CHANNELS[family], asked.height // FACTOR, asked.width // FACTOR), asked.seed)
 
 
 @pytest.mark.parametrize("name, options", CASES)

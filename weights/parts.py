@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import models
 from models.family import Family, Part
 from weights.files import Entry, WeightsError, parse, read_header, read_json, some
@@ -165,9 +167,7 @@ class Folder:
             refuse_quantised(folder, entries)
         except WeightsError as error:
             return FoundPart(folder, problem=str(error))
-        fields = part.network.json_fields.items()
-        given = {ours: config[theirs] for theirs, ours in fields if config.get(theirs) is not None}
-        return FoundPart(folder, entries, given, remarks)
+        return FoundPart(folder, entries, given_by_json(part.network, config), remarks)
 
     def contents(self, family: Family, parts: Mapping[str, FoundPart]) -> Contents:
         """All of it, with what the scheduler's configuration and model_index.json say."""
@@ -187,6 +187,12 @@ class Folder:
         return Contents(
             family, "folder", self.path, parts, defaults, zero_negative=zero_negative, remarks=remarks
         )
+
+
+def given_by_json(network: type[nn.Module], config: Mapping) -> dict:
+    """What a Hugging Face config.json tells beyond the shapes; null entries tell nothing."""
+    fields = network.json_fields.items()
+    return {ours: config[theirs] for theirs, ours in fields if config.get(theirs) is not None}
 
 
 def used(part: Part, entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -1,15 +1,21 @@
-"""The rules of weights/layouts.py on tensors with known values; every comparison is `equal`."""
+"""The rules of weights/names.py on tensors with known values; every comparison is `equal`."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from weights.layouts import translate
+from models.autoencoder import Autoencoder
+from models.clip import CLIPText
+from models.mmdit import MMDiT
+from models.unet import UNet
+from weights.names import translate
+
+NETWORKS = {"unet": UNet, "mmdit": MMDiT, "vae": Autoencoder, "clip": CLIPText}
 
 
 def made(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Module name -> tensor; shapes foretold must be the shapes made."""
-    sources, unexpected = translate(kind, tensors)
+    sources, unexpected = translate(NETWORKS[kind], tensors)
     assert not unexpected
     result = {name: source.make([tensors[key] for key in source.keys]) for name, source in sources.items()}
     for name, source in sources.items():
@@ -93,7 +99,7 @@ def test_places_in_the_unet():
         "up_blocks.1.upsamplers.0.conv.bias": "output_blocks.5.2.conv.bias",
         "mid_block.resnets.1.conv_shortcut.bias": "middle_block.2.skip_connection.bias",
     }
-    sources, unexpected = translate("unet", {*keys, *places})
+    sources, unexpected = translate(UNet, {*keys, *places})
     names = {source.keys[0]: name for name, source in sources.items()}
     assert not unexpected and {key: names[key] for key in places} == places
 
@@ -116,19 +122,19 @@ def test_places_in_the_autoencoder():
 def test_what_no_rule_knows_or_two_keys_claim_is_unexpected(
     kind: str, keys: list[str], unexpected: list[str]
 ):
-    _, found = translate(kind, keys)
+    _, found = translate(NETWORKS[kind], keys)
     assert len(found) == len(unexpected) and all(word in key for word, key in zip(unexpected, found))
 
 
 def test_an_incomplete_query_key_value_makes_nothing():
     sources, _ = translate(
-        "mmdit", ["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"]
+        MMDiT, ["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"]
     )
     assert sources == {}
 
 
 def test_impossible_shapes_have_no_result():
-    sources, _ = translate("clip", ["transformer.resblocks.0.attn.in_proj_bias", "text_projection"])
+    sources, _ = translate(CLIPText, ["transformer.resblocks.0.attn.in_proj_bias", "text_projection"])
     by_key = {source.keys[0]: source for source in sources.values()}
     assert by_key["transformer.resblocks.0.attn.in_proj_bias"].shape([(7,)]) is None
     assert by_key["text_projection"].shape([(2, 3, 4)]) is None
