@@ -213,6 +213,10 @@ def odd_id(place: Path) -> None:
     write_config(place, {"added_tokens_decoder": {"one": {"content": "<my-cat>"}}})
 
 
+def no_number(place: Path) -> None:
+    (place / "added_tokens.json").write_text(json.dumps({"<my-cat>": str(WORDS)}))
+
+
 @pytest.mark.parametrize(
     "files, words",
     [
@@ -222,6 +226,7 @@ def odd_id(place: Path) -> None:
         (no_table, "not a JSON object"),
         (odd_flag, "cannot be read"),
         (odd_id, "cannot be read"),
+        (no_number, "no whole number"),
     ],
 )
 def test_added_tokens_that_do_not_fit_are_refused_in_a_sentence(folder: Path, files, words: str):

@@ -52,7 +52,9 @@ class T5JsonTokenizer(TextTokenizer):
     def __init__(self, file: Path, length: int, rows: int, added: Sequence[AddedToken] = ()):
         whole = json.loads(file.read_text(encoding="utf-8"))
         whole["added_tokens"] = [
-            token for token in whole["added_tokens"] if not beyond(token["content"], token["id"], rows)
+            token
+            for token in whole.get("added_tokens", [])
+            if not beyond(token["content"], token["id"], rows)
         ]
         pieces = whole["model"]["vocab"]
         whole["model"]["vocab"] = [pair for id, pair in enumerate(pieces) if not beyond(pair[0], id, rows)]
@@ -106,6 +108,8 @@ def declared_tokens(folder: Path) -> list[Declared]:
     for id, token in tables:
         flags = {name: token[name] for name in FLAGS if name in token}
         found[token["content"]] = Declared(AddedToken(token["content"], **flags), id)
+    if odd := [each.id for each in found.values() if type(each.id) is not int]:
+        raise ValueError(f"the id {odd[0]!r:.50} of an added token is no whole number")
     others = [
         Declared(special_token(token), None)
         for token in dict.fromkeys(special)
