@@ -63,7 +63,7 @@ SCHEDULERS = {  # family -> classes of diffusers that need no word; classes that
             " FlowMatchEulerDiscreteScheduler"),
 }  # fmt: skip
 PREDICTIONS = {
-    "sdxl": r"v|sample|x0|flow|rf|rectified"
+    "sdxl": r"v|sample|x0|flow|rf|rectified|edm"
 }  # family -> beginnings of modelspec.prediction_type that are refused
 OFFICIAL_FILES = {  # of text encoders, in the order in which they are taken
     "clip_l": ("clip_l.safetensors",), "clip_g": ("clip_g.safetensors",),
