@@ -121,7 +121,7 @@ FAMILY = Family(
     ),
     refused_predictions=(
         (r"v", VARIANT),
-        (r"sample|x0|flow|rf|rectified", "an SDXL variant trained for another prediction ({}), which is not run here"),
+        (r"sample|x0|flow|rf|rectified|edm", "an SDXL variant trained for another prediction ({}), which is not run here"),
     ),
     scheduler=Scheduler(
         usual=r"(DDIM|DDPM|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|DPMSolver(Multistep|Singlestep|SDE)|HeunDiscrete"

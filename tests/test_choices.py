@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_free_sample
 import transformers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from small import FOLDERS, PREFIXES, SIZES, random_states, write_folder, write_s
 from test_bad_files import sentence
 from torch import Tensor
 
+import train_free_sample
 from weights import find
 from weights.describe import describe, needs
 from weights.load import open_checkpoint
@@ -115,6 +115,10 @@ def test_the_index_of_a_variant_is_found_under_each_of_its_names(sdxl: dict, tmp
         loaded = checkpoint.load("denoiser", torch.float16).state_dict()
         assert torch.equal(loaded["out.2.bias"], sdxl["denoiser"]["out.2.bias"])
         assert "diffusion_pytorch_model.fp16.safetensors is not" in checkpoint.remarks[0]
+        save_file(old, whole)  # the plain weights come first, and are none of that index's business
+        loaded = open_checkpoint(str(tmp_path)).load("denoiser", torch.float16).state_dict()
+        assert torch.equal(loaded["out.2.bias"], sdxl["denoiser"]["out.2.bias"] + 1)
+        whole.unlink()
         written = index
     plain = unet / "diffusion_pytorch_model.safetensors.index.json"
     plain.write_text(json.dumps({"weight_map": {"a": "diffusion_pytorch_model-00001-of-00001.safetensors"}}))
@@ -410,6 +414,9 @@ def test_a_scaled_t5_inside_a_file_matters_only_where_it_is_used(command, sd3: d
     )
     status, text = command("--weights", path, "--check", "--no-t5")
     assert status == 0 and "Nothing is missing" in text and "scales" not in text
+    checkpoint = open_checkpoint(str(path))
+    checkpoint.leave_out("t5")  # as a run with --no-t5 does
+    assert needs(checkpoint) == []
     checkpoint = open_checkpoint(str(path), text_encoders=[str(tmp_path / "other.t5")])
     assert needs(checkpoint) == [] and "t5" in checkpoint.parts
     (tmp_path / "other.t5").rename(tmp_path / "t5xxl_fp16.safetensors")
