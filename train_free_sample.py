@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends without a traceback
@@ -23,17 +24,27 @@ import torch
 from tqdm import tqdm
 
 import hybridiff
-from hybridiff.batch import Job, Manifest, Progress, begin, line_of, make_jobs, take_turns
+from hybridiff.batch import (
+    Job,
+    Manifest,
+    Progress,
+    begin,
+    line_of,
+    make_jobs,
+    read_prompts,
+    take_turns,
+)
 from hybridiff.denoise import StepRecord
 from hybridiff.ending import end_on_interrupt, in_a_sentence, prepare_streams, say, shown
 from hybridiff.errors import SharedError, UsageError
 from hybridiff.latents import read_latents, save_both
-from hybridiff.options import asked_timeout, choose_device, make_request, numbers, prepare
+from hybridiff.options import asked_timeout, check_text, choose_device, make_request, numbers, prepare
 from hybridiff.page import make_page, psnr, save_page
 from hybridiff.pipeline import Request, Result, agree, decode, generate, meta_task, plan_request
 from hybridiff.report import in_use, make_report, save_picture, save_report, settings_of
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
+from hybridiff.text import cuts
 from hybridiff.timeline import explain
 from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, place
 from weights.describe import describe, needs
@@ -63,6 +74,17 @@ def introduce(
         say(remark)
 
 
+def say_cuts(checkpoint: Checkpoint, texts: Iterable[tuple[str, str, str | None]]) -> None:
+    """Say what the text encoders leave out. `texts`: a name (may be empty), the prompt and the negative prompt; equal cuts share a line."""
+    named: dict[str, list[str]] = {}
+    for name, prompt, negative_prompt in texts:
+        for sentence in cuts(checkpoint, prompt, negative_prompt):
+            named.setdefault(sentence, []).append(name)
+    for sentence, (first, *others) in named.items():
+        names = ", ".join([first, *others[:2]]) + (f" and {len(others) - 2} more" if others[2:] else "")
+        say(f"{names}: {sentence}" if names else sentence)
+
+
 def make_several(transport: Transport, args, checkpoint: Checkpoint, device: torch.device) -> int:
     """Make all pictures, each by the team that is free; exit status 1 if one of them failed."""
     seed, problem, size = args.seed, None, args.team_size
@@ -85,6 +107,14 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
         except UsageError:
             return dict(job.own)  # it will fail at its turn
 
+    def texts_of(jobs: Iterable[Job]) -> Iterator[tuple[str, str, str | None]]:
+        for job in jobs:
+            try:
+                request = make_request(args, checkpoint, device, job.own)
+            except UsageError:
+                continue  # it will fail at its turn
+            yield job.path.name, request.prompt, request.negative_prompt
+
     manifest, left = begin(
         jobs, [settings(job) for job in jobs], seed, args.resume, args.overwrite, transport
     )
@@ -96,6 +126,7 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
     set_up(transport, args, device)
     if transport.rank == 0 and transport.team == 0:
         introduce(transport, args, checkpoint, device, args.plans)
+        say_cuts(checkpoint, texts_of(left))
     checkpoint.keep = True
     progress = Progress(len(left), transport)
 
@@ -157,6 +188,7 @@ def sample(
             f"{numbers(request)} on {ranks}",
             f': "{shown(request.prompt)}"',
         )
+        say_cuts(checkpoint, [("", request.prompt, request.negative_prompt)])
     bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
     seen: list[StepRecord] = []
 
@@ -223,6 +255,17 @@ def make_serial(
         )
 
 
+def texts_to_check(args: argparse.Namespace) -> Iterator[tuple[str, str, str | None]]:
+    """The prompts that --check is given, as for `say_cuts`."""
+    told = [{"prompt": prompt} for prompt in args.prompt or ()]
+    told += read_prompts(args.prompts) if args.prompts else []
+    for number, own in enumerate(told or [{"prompt": ""}], 1):
+        texts = own["prompt"], own.get("negative_prompt", args.negative_prompt)
+        for name, text in zip(("--prompt", "--negative-prompt"), texts):
+            check_text(name, text)
+        yield f"prompt {number}" if len(told) > 1 else "", *texts
+
+
 def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | None) -> None:
     """What --check and --explain print, what --decode makes: rank 0 alone does it."""
     if args.decode:
@@ -234,10 +277,13 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
         say(f"picture: {args.out}")
     elif request is None:
         say(describe(checkpoint, t5=not args.no_t5))
+        if not needs(checkpoint):
+            say_cuts(checkpoint, texts_to_check(args))
     else:
         strategy, _ = plan_request(checkpoint, request, args.team_size)
         settings = Settings(request.steps, request.rule, request.reuse)
         say(explain(request.strategy, strategy, settings, meta_task(checkpoint, request, args.team_size)))
+        say_cuts(checkpoint, [("", request.prompt, request.negative_prompt)])
 
 
 def disagreement(

@@ -6,11 +6,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridiff.ending import shown
 from hybridiff.errors import remedy, require_finite
 from models.embeddings import sinusoid
 from models.mmdit import MMDiTConditioning
+from models.tokenizers import Cut
 from models.unet import UNetConditioning
 from weights.load import Checkpoint
+
+
+def cuts(checkpoint: Checkpoint, prompt: str, negative_prompt: str | None) -> list[str]:
+    """What the text encoders leave out of the two texts, a sentence for each cut: encoders that cut a text alike share one."""
+    sentences = []
+    for name, text in (("prompt", prompt), ("negative prompt", negative_prompt or "")):
+        encoders: dict[Cut, list[str]] = {}
+        for part in ("clip_l", "clip_g", "t5"):
+            if part in checkpoint.parts and (cut := checkpoint.tokenizer(part).cut(text)):
+                encoders.setdefault(cut, []).append(part)
+        for cut, parts in encoders.items():
+            *others, last = parts
+            readers = f"{', '.join(others)} and {last} read" if others else f"{last} reads"
+            sentences.append(
+                f"the {name} is cut: {readers} {cut.read} of its {cut.tokens:,} tokens; left out: {excerpt(cut.left_out)}"
+            )
+    return sentences
+
+
+def excerpt(text: str) -> str:
+    """A text in quotes, on one line; where it is long, how it begins and ends."""
+    if len(text) <= 300:
+        return f'"{shown(text)}"'
+    return f'"{shown(text[:200])} ... {shown(text[-80:])}" ({len(text):,} characters)'
 
 
 def run_encoder(

@@ -24,6 +24,9 @@ class CLIPConfig:
     mlp_width: int = 3072
     activation: str = "quick_gelu"  # or "gelu" (exact)
     projection: int | None = None  # width of the projected pooled state, None for no projection
+    end: int | None = (
+        None  # id of the end token, None for the last of the vocabulary (added tokens follow it)
+    )
 
 
 CLIP_L = CLIPConfig()
@@ -137,6 +140,7 @@ class CLIPText(nn.Module):
     def __init__(self, config: CLIPConfig = CLIP_L):
         super().__init__()
         self.config = config
+        self.end = config.vocabulary - 1 if config.end is None else config.end
         self.text_model = TextModel(config)
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
@@ -144,10 +148,11 @@ class CLIPText(nn.Module):
     def forward(self, ids: LongTensor) -> tuple[Tensor, Tensor]:
         """Token ids [B, L] -> (penultimate state without final norm [B, L, width], pooled [B, projection or width]).
 
-        Pooled is the final-normed state at the first position of the largest id, which is the first end token.
+        Pooled is the final-normed state at the first end token. (OpenAI's code takes the largest id, which is the same where
+        no tokens were added; transformers takes the first `eos_token_id` of the config.json, or the largest id where that is 2.)
         """
         penultimate, last = self.text_model(ids)
-        end = ids.argmax(dim=1)  # [B]
+        end = (ids == self.end).int().argmax(dim=1)  # [B]
         pooled = last[torch.arange(len(ids), device=ids.device), end]  # [B, L, width] -> [B, width]
         if self.config.projection is not None:
             pooled = self.text_projection(pooled)

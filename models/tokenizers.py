@@ -5,11 +5,12 @@ Both give one row of fixed length, [1, length], which is what the diffusion mode
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from torch import LongTensor
 
@@ -24,10 +25,43 @@ def fixed_row(ids: list[int], length: int, end: int, pad: int) -> LongTensor:
     return torch.tensor([ids + [pad] * (length - len(ids))])
 
 
-class CLIPTokenizer:
+def special_token(content: str) -> AddedToken:
+    """A token that is recognised anywhere in the text, spelled exactly so."""
+    return AddedToken(content, special=True, normalized=False)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of a text that has more tokens than fit: how many it has, how many are read, and the rest of the text."""
+
+    tokens: int
+    read: int
+    left_out: str
+
+
+class TextTokenizer:
+    """What all tokenizers here have: `tokenizer`, of the package; `length` of a row; `room`, the tokens of text in it."""
+
+    tokenizer: Tokenizer
+    length: int
+    room: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text alone, all of them."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def cut(self, text: str) -> Cut | None:
+        """What a row leaves out of the text; None where it holds all of it."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(encoding.ids) <= self.room:
+            return None
+        return Cut(len(encoding.ids), self.room, text[encoding.offsets[self.room][0] :].strip())
+
+
+class CLIPTokenizer(TextTokenizer):
     """CLIP BPE from a vocabulary (token -> id) and its merges in order; `pad` is 0 for bigG, the end token for CLIP-L.
 
-    `special`: tokens that are recognised anywhere in the text, besides start and end.
+    `added`: tokens that are recognised in the text as a whole. Those that the vocabulary lacks follow it, in this order.
     """
 
     def __init__(
@@ -36,12 +70,14 @@ class CLIPTokenizer:
         merges: Sequence[tuple[str, str]],
         length: int = 77,
         pad: int | None = None,
-        special: Sequence[str] = (),
+        added: Sequence[AddedToken] = (),
     ):
         self.tokenizer = Tokenizer(
             BPE(vocabulary, list(merges), end_of_word_suffix="</w>", unk_token=CLIP_END)
         )
-        self.tokenizer.add_special_tokens([CLIP_START, CLIP_END, *special])
+        given = {token.content for token in added}
+        own = [special_token(content) for content in (CLIP_START, CLIP_END) if content not in given]
+        self.tokenizer.add_tokens([*added, *own])
         self.tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -50,7 +86,7 @@ class CLIPTokenizer:
         self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-        self.length = length
+        self.length, self.room = length, length - 2  # start and end
         self.start, self.end = (self.tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
         self.pad = self.end if pad is None else pad
 
@@ -61,19 +97,24 @@ class CLIPTokenizer:
 
     def __call__(self, text: str) -> LongTensor:
         """Token ids [1, length]: start, text (cut if too long), end, padding."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return fixed_row([self.start] + ids, self.length, self.end, self.pad)
+        return fixed_row([self.start] + self.encode(text), self.length, self.end, self.pad)
 
 
-class T5Tokenizer:
+class T5Tokenizer(TextTokenizer):
     """T5's unigram model from `spiece.model`: text, end token 1, padding 0; there is no start token.
 
     Built by the rules of the official `tokenizer.json`, whose ids differ from sentencepiece's own in rare prompts
     (marks after a character, U+0085, a literal `</s>`). `extra_ids`: number of tokens <extra_id_i> that follow the
-    pieces, the last first.
+    pieces, the last first. `added`: as for CLIP.
     """
 
-    def __init__(self, model_file: str | Path, length: int = 77, extra_ids: int = 0):
+    def __init__(
+        self,
+        model_file: str | Path,
+        length: int = 77,
+        extra_ids: int = 0,
+        added: Sequence[AddedToken] = (),
+    ):
         model = Path(model_file).read_bytes()
         if not model:  # which the package takes for a model without pieces
             raise ValueError("it is empty")
@@ -82,11 +123,13 @@ class T5Tokenizer:
             raise ValueError("its first pieces are not T5's padding, end and unknown")
         pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
         extra = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
-        self.length = length
+        self.length, self.room = length, length - 1  # end
         self.tokenizer = Tokenizer(
             Unigram(pieces + [(token, 0.0) for token in extra], unk_id=2, byte_fallback=False)
         )
-        self.tokenizer.add_special_tokens([piece for piece, _ in pieces[:3]] + extra)  # <pad>, </s>, <unk>
+        given = {token.content for token in added}
+        own = [piece for piece, _ in pieces[:3]] + extra  # <pad>, </s>, <unk>
+        self.tokenizer.add_tokens([special_token(piece) for piece in own if piece not in given] + [*added])
         if rules := character_map(model):
             self.tokenizer.normalizer = normalizers.Precompiled(rules)
         spaces = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
@@ -94,7 +137,7 @@ class T5Tokenizer:
 
     def __call__(self, text: str) -> LongTensor:
         """Token ids [1, length]: text (cut if too long), end, padding."""
-        return fixed_row(self.tokenizer.encode(text, add_special_tokens=False).ids, self.length, end=1, pad=0)
+        return fixed_row(self.encode(text), self.length, end=1, pad=0)
 
 
 def character_map(model: bytes) -> bytes:

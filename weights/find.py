@@ -13,7 +13,8 @@ DEMOS = ("demo-sdxl", "demo-sd3")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json")  # fmt: skip
 
 
 def locate(name: str) -> Path:

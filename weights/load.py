@@ -147,7 +147,10 @@ class Checkpoint:
         if asked in self.kept:
             return self.kept[asked]
         fitted = self.part(part)
-        module = build(fitted.kind, fitted.config)
+        config = fitted.config
+        if fitted.kind == "clip":  # no tensor tells where the text ends
+            config = replace(config, end=self.tokenizer(part).end)
+        module = build(fitted.kind, config)
         if decoder_only:
             for half in ("encoder", "quant_conv"):
                 module._modules.pop(half, None)

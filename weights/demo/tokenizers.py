@@ -2,7 +2,7 @@
 
 Both are trained on captions of the training split and a list of common words; every word of a caption becomes one
 token. The vocabulary has CLIP's order: 256 byte symbols, the same with "</w>" (end of word), the merges, the start
-token, and the end token last (CLIP pools at the largest id). Same input, same files; spiece.model depends on sentencepiece's
+token, and the end token last. Same input, same files; spiece.model depends on sentencepiece's
 version too (the committed one: 0.2.3).
 
     python -m weights.demo.tokenizers --out weights/demo
