@@ -76,15 +76,20 @@ def record_failure(sentence: str, later: int = 0) -> None:
     torchrun calls the earliest failure the root cause: `later` seconds are added to the time of one that only follows another rank's.
     """
     path, sentence = os.environ.get("TORCHELASTIC_ERROR_FILE"), shown(sentence, 1200)
-    if path:
-        more = {
-            "py_callstack": sentence,
-            "timestamp": str(int(time.time()) + later),
-        }  # the report shows the former
+    if not path:
+        return
+    more = {
+        "py_callstack": sentence,
+        "timestamp": str(int(time.time()) + later),
+    }  # the report shows the former
+    part = f"{path}.part"  # torchrun must not find half a file
+    try:
+        with open(part, "w") as file:
+            json.dump({"message": {"message": sentence, "extraInfo": more}}, file)
+        os.replace(part, path)
+    except (OSError, ValueError):
         with suppress(OSError, ValueError):
-            with open(f"{path}.part", "w") as file:
-                json.dump({"message": {"message": sentence, "extraInfo": more}}, file)
-            os.replace(f"{path}.part", path)
+            os.unlink(part)
 
 
 class StepBar:

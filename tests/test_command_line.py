@@ -250,6 +250,10 @@ def test_refused_on_every_rank(ranks, options, tmp_path):
     assert ran.returncode != 0 and len(lines) == 1
     codes = re.findall(r"exitcode  : (-?\d+)", ran.stderr)
     assert len(codes) == ranks and set(codes) <= {"2", "-15"}
+    sentence = lines[0].removeprefix("train_free_sample.py: ")
+    assert (
+        f"  traceback : {sentence}" in ran.stderr.partition("Root Cause")[2]
+    )  # torchrun's report ends with it
     assert str(SCRIPT) + '", line' not in ran.stderr
 
 
