@@ -168,7 +168,7 @@ def test_quiet(tmp_path, monkeypatch, capsys):
     assert said.out == "" and "a.png is there already" in said.err
     assert call(monkeypatch, "--quiet", "--check") == 0 and "denoiser" in capsys.readouterr().out
     assert call(monkeypatch, *FEW, "--out", "c.png") == 0  # quiet does not outlast its run
-    assert "picture: c.png" in capsys.readouterr().out
+    assert "seed: 7\npicture: c.png" in capsys.readouterr().out
 
 
 class Terminal(io.StringIO):
