@@ -233,8 +233,6 @@ def test_added_tokens_that_do_not_fit_are_refused_in_a_sentence(folder: Path, fi
     files(folder / "tokenizer")
     (said,) = needs(open_checkpoint(str(folder)))
     assert words in said and "tokenizer" in said and len(said) < 600
-    with pytest.raises(WeightsError):
-        open_checkpoint(str(folder)).load("clip_l", torch.float32)
 
 
 def test_added_rows_beside_a_single_file_need_its_tokenizer(tmp_path: Path):

@@ -148,8 +148,8 @@ class Checkpoint:
             return self.kept[asked]
         fitted = self.part(part)
         config = fitted.config
-        if fitted.kind == "clip":  # no tensor tells where the text ends
-            config = replace(config, end=self.tokenizer(part).end)
+        if fitted.kind == "clip":
+            config = replace(config, end=self.end_token(part))
         module = build(fitted.kind, config)
         if decoder_only:
             for half in ("encoder", "quant_conv"):
@@ -179,6 +179,13 @@ class Checkpoint:
         if self.keep:
             self.kept[asked] = module
         return module
+
+    def end_token(self, part: str) -> int | None:
+        """The id of a CLIP's end token, which no tensor tells; None, for the last of its table, where there is no tokenizer to ask."""
+        try:
+            return self.tokenizer(part).end
+        except WeightsError:
+            return None
 
     def not_finite(self, part: str) -> Entry | None:
         """The first tensor of a part, by name, that holds NaN or infinity in its file; None where none does. Reads the whole part."""
