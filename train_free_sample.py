@@ -21,7 +21,6 @@ if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends 
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, WORD), os._exit(1)))
 
 import torch
-from tqdm import tqdm
 
 import hybridiff
 from hybridiff.batch import (
@@ -35,11 +34,20 @@ from hybridiff.batch import (
     take_turns,
 )
 from hybridiff.denoise import StepRecord
-from hybridiff.ending import end_on_interrupt, in_a_sentence, prepare_streams, say, shown
+from hybridiff.ending import (
+    StepBar,
+    be_quiet,
+    end_on_interrupt,
+    in_a_sentence,
+    prepare_streams,
+    record_failure,
+    say,
+    shown,
+)
 from hybridiff.errors import SharedError, UsageError
 from hybridiff.latents import read_latents, save_both
 from hybridiff.options import asked_timeout, check_text, choose_device, make_request, numbers, prepare
-from hybridiff.page import make_page, psnr, save_page
+from hybridiff.page import against_serial, make_page, psnr, save_page
 from hybridiff.pipeline import Request, Result, agree, decode, generate, meta_task, plan_request
 from hybridiff.report import in_use, make_report, save_picture, save_report, settings_of
 from hybridiff.strategies import Settings
@@ -47,6 +55,7 @@ from hybridiff.switching import find_switch
 from hybridiff.text import cuts
 from hybridiff.timeline import explain
 from hybridiff.transport import TRACE, Mailbox, PeerLost, Transport, connect, place
+from weights.demo.words import remarks_on
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError
 
@@ -71,6 +80,11 @@ def introduce(
     """Say with what the pictures are made, and what was noticed while loading."""
     say(f"{checkpoint.family} from {shown(args.weights)}, {plan}, {device.type}{transport.route}{prompt}")
     for remark in checkpoint.remarks:
+        say(remark)
+    texts = (
+        own.get(name, getattr(args, name)) for own in args.told for name in ("prompt", "negative_prompt")
+    )
+    for remark in remarks_on(texts, checkpoint.defaults.get("prompt")):
         say(remark)
 
 
@@ -165,10 +179,16 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
             else:
                 manifest.add(line_of(job, "failed", why=problem))
                 transport.add("failed")
+                if args.quiet:
+                    say(f"{job.path.name} failed: {problem}", error=True)
                 progress.ended(f"{job.path.name} failed: {problem}")
     failed = transport.add("failed", 0)
     if transport.rank == 0 and transport.team == 0:
         say(f"{len(left) - failed} pictures made, {failed} failed; {manifest.path} lists them")
+        if args.quiet:
+            say(str(manifest.path), result=True)
+    if failed:
+        record_failure(f"{failed} pictures failed; {manifest.path} says why.")
     return 1 if failed else 0
 
 
@@ -189,7 +209,7 @@ def sample(
             f': "{shown(request.prompt)}"',
         )
         say_cuts(checkpoint, [("", request.prompt, request.negative_prompt)])
-    bar = tqdm(total=request.steps, desc="warm-up", disable=not speaks, unit="step")
+    bar = StepBar(request.steps, "warm-up", speaks, TRACE)
     seen: list[StepRecord] = []
 
     def on_step(record: StepRecord) -> None:
@@ -201,8 +221,7 @@ def sample(
             say(f"step {record.step}: {seen[-1].stage} -> {record.stage}{why}")
         seen.append(record)
         transport.step_done()
-        bar.set_description(record.stage, refresh=False)
-        bar.update()
+        bar.step(record.stage)
 
     result = generate(checkpoint, request, transport, device, on_step)
     bar.close()
@@ -221,6 +240,8 @@ def sample(
                 report["serial"] = {"equal": distance is None, "psnr": distance, "seconds": spent}
             save_report(report, args.report)
             save_page(make_page(report, request, result, serial.image if serial else None), args.report)
+            if serial:
+                say(against_serial(report))
         if request.strategy == "paper" and report["tau1"] is None:
             say("the switch never came: every step was condition partitioning")
         for line in in_use(result.use):
@@ -230,9 +251,12 @@ def sample(
             + ", ".join(f"{phase} {max(seconds):.2f}" for phase, seconds in result.seconds.items())
         )
         say(f"exact: {report['exact']['words']}")
-        say(f"bytes sent: {report['bytes_sent']['total']}")
+        if transport.world > 1:
+            say(f"bytes sent: {report['bytes_sent']['total']}")
         say(f"seed: {request.seed}")
-        say(f"picture: {args.out}")
+        if args.report:
+            say(f"report: {args.report / 'report.html'}")
+        say(str(args.out) if args.quiet else f"picture: {args.out}", result=True)
 
 
 def make_serial(
@@ -243,16 +267,17 @@ def make_serial(
         for _ in range(request.steps):
             transport.gather("serial")
         return None
-    with tqdm(total=request.steps, desc="serial", unit="step") as bar:
+    bar = StepBar(request.steps, "serial", True, TRACE)
 
-        def on_step(record: StepRecord) -> None:
-            transport.gather("serial")
-            transport.step_done()
-            bar.update()
+    def on_step(record: StepRecord) -> None:
+        transport.gather("serial")
+        transport.step_done()
+        bar.step("serial")
 
-        return generate(
-            checkpoint, replace(request, strategy="serial", balance=False), Mailbox(), device, on_step
-        )
+    alone = replace(request, strategy="serial", balance=False)
+    result = generate(checkpoint, alone, Mailbox(), device, on_step)
+    bar.close()
+    return result
 
 
 def texts_to_check(args: argparse.Namespace) -> Iterator[tuple[str, str, str | None]]:
@@ -274,15 +299,16 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
         save_picture(
             decode(checkpoint, latents, choose_device(args.device), args.tiles), args.out, seed, settings
         )
-        say(f"picture: {args.out}")
+        say(str(args.out) if args.quiet else f"picture: {args.out}", result=True)
     elif request is None:
-        say(describe(checkpoint, t5=not args.no_t5))
+        say(describe(checkpoint, t5=not args.no_t5), result=True)
         if not needs(checkpoint):
             say_cuts(checkpoint, texts_to_check(args))
     else:
         strategy, _ = plan_request(checkpoint, request, args.team_size)
         settings = Settings(request.steps, request.rule, request.reuse)
-        say(explain(request.strategy, strategy, settings, meta_task(checkpoint, request, args.team_size)))
+        task = meta_task(checkpoint, request, args.team_size)
+        say(explain(request.strategy, strategy, settings, task), result=True)
         say_cuts(checkpoint, [("", request.prompt, request.negative_prompt)])
 
 
@@ -305,6 +331,7 @@ def disagreement(
         "device",
         "threads",
         "timeout",
+        "quiet",
         "dtype",
         "prompts",
         "team_size",
@@ -353,6 +380,8 @@ def main() -> int:
             )
         if words:
             say(words, error=True)
+        if isinstance(error, PeerLost):
+            record_failure(str(error), later=2)
         if os.environ.get("WORLD_SIZE", "1") != "1":  # also where the ranks have not met
             os._exit(1)  # at once: torch.distributed would wait for the others
         return 1
@@ -362,6 +391,7 @@ def run(transport: Transport) -> int:
     """The whole of a rank's work; exit status as for `main`."""
     try:
         prepared, problem = prepare(transport), None
+        be_quiet(prepared[0].quiet)
     except (UsageError, WeightsError) as error:
         prepared, problem = None, str(error)
     asked = next(
@@ -376,21 +406,27 @@ def run(transport: Transport) -> int:
         problem = f"The ranks disagree about what to do: rank 0 is asked for {wishes[0]}, rank {other} for {wishes[other]}; start all of them alike."
     if problem is not None:
         status = 2
+        record_failure(problem)
         if transport.rank == 0:
             say(problem, error=True)
     elif prepared[0].check or prepared[0].explain or prepared[0].decode:
         args, checkpoint, request, _ = prepared
-        status = 1 if args.check and needs(checkpoint) else 0
+        status, problem = (
+            (1, " ".join(lacking)) if args.check and (lacking := needs(checkpoint)) else (0, None)
+        )
         if transport.rank == 0:
             try:
                 tell(args, checkpoint, request)
             except (UsageError, WeightsError) as error:
                 say(str(error), error=True)
-                status = 2
-        status = transport.gather(status)[0]
+                status, problem = 2, str(error)
+        status, problem = transport.gather((status, problem))[0]
+        if problem:
+            record_failure(problem)
     else:
         args, checkpoint, request, device = prepared
         if differs := disagreement(transport, args, checkpoint, request):
+            record_failure(differs)
             if transport.rank == 0:
                 say(differs, error=True)
             transport.leave()
@@ -406,6 +442,7 @@ def run(transport: Transport) -> int:
                     sample(transport, args, checkpoint, request, device)
                 transport.until_all_come()
         except (UsageError, WeightsError) as error:  # found on the way, such as a full disk
+            record_failure(str(error))
             if transport.rank == 0 or not isinstance(error, SharedError):
                 prefix = "" if isinstance(error, SharedError) or place()[1] == 1 else f"rank {place()[0]}: "
                 say(f"{prefix}{error}", error=True)

@@ -1,11 +1,13 @@
 """How a rank speaks and how it ends: output that cannot fail, Ctrl-C that works in the middle of a wait, errors in one sentence."""
 
+import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Callable, TextIO
 
 import torch
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 NAME = "train_free_sample.py"
 GRACE = 1.0  # seconds that the main thread has to end by itself after Ctrl-C
+quiet = False  # --quiet, see `be_quiet`
 
 
 class Forgiving:
@@ -48,12 +51,70 @@ def prepare_streams() -> None:
     )
 
 
-def say(text: str, error: bool = False) -> None:
-    """A line on stdout, or a sentence on stderr with the program's name before it; a progress bar makes way for it."""
+def be_quiet(wish: bool) -> None:
+    """Whether only errors and results are to be written (--quiet)."""
+    global quiet
+    quiet = wish
+
+
+def say(text: str, error: bool = False, result: bool = False) -> None:
+    """A line on stdout, which --quiet leaves out unless it is a `result`; or an error's sentence on stderr with the program's name
+    before it, recorded for torchrun too. A progress bar makes way for it."""
+    if quiet and not error and not result:
+        return
+    if error:
+        record_failure(text)
     stream = sys.stderr if error else sys.stdout
     text = shown(text, 1200) if error else text
     with tqdm.external_write_mode(file=stream):
         print(f"{NAME}: {text}" if error else text, file=stream, flush=True)
+
+
+def record_failure(sentence: str, later: int = 0) -> None:
+    """Write why this rank fails to the file that torchrun's report is made of (torch/distributed/elastic/multiprocessing/errors); never fails.
+
+    torchrun calls the earliest failure the root cause: `later` seconds are added to the time of one that only follows another rank's.
+    """
+    path, sentence = os.environ.get("TORCHELASTIC_ERROR_FILE"), shown(sentence, 1200)
+    if not path:
+        return
+    more = {
+        "py_callstack": sentence,
+        "timestamp": str(int(time.time()) + later),
+    }  # the report shows the former
+    part = f"{path}.part"  # torchrun must not find half a file
+    try:
+        with open(part, "w") as file:
+            json.dump({"message": {"message": sentence, "extraInfo": more}}, file)
+        os.replace(part, path)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.unlink(part)
+
+
+class StepBar:
+    """Progress over the steps of a picture, on stderr: a bar on a terminal, else a line at every tenth of the steps.
+
+    Nothing on ranks that do not speak, with --quiet, or where TQDM_DISABLE is set. No bar among the messages of HYBRIDIFF_TRACE.
+    """
+
+    def __init__(self, steps: int, stage: str, speaks: bool, traced: bool):
+        self.steps, self.done = steps, 0
+        shows = speaks and not quiet and not os.environ.get("TQDM_DISABLE")
+        bar = shows and sys.stderr.isatty() and not traced
+        self.lines = shows and not bar
+        self.bar = tqdm(total=steps, desc=stage, disable=not bar, unit="step")
+
+    def step(self, stage: str) -> None:
+        """A step of this stage is done."""
+        self.done += 1
+        self.bar.set_description(stage, refresh=False)
+        self.bar.update()
+        if self.lines and self.done * 10 // self.steps > (self.done - 1) * 10 // self.steps:
+            print(f"step {self.done} of {self.steps}: {stage}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def shown(text: str, most: int = 300) -> str:

@@ -1,6 +1,7 @@
 """The command line's options: what may be said, what it means where nothing is said, and what is refused before any work."""
 
 import argparse
+import difflib
 import secrets
 from dataclasses import replace
 from datetime import timedelta
@@ -14,7 +15,7 @@ from hybridiff.errors import UsageError
 from hybridiff.memory import refuse_too_large
 from hybridiff.pipeline import Request, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
-from hybridiff.report import check_writable, free_name
+from hybridiff.report import PICTURES, check_picture, check_writable, free_name, picture_format, settings_of
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import STRATEGIES
 from hybridiff.transport import Transport, nccl_problem, place
@@ -38,6 +39,7 @@ OF_DECODING = (
     "timeout",
     "out",
     "overwrite",
+    "quiet",
 )  # options that go with --decode
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,9 +52,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self) -> argparse.Namespace:
         """The options; also `given`, the names of those that are not at their defaults."""
-        args = super().parse_args()
+        args, unknown = self.parse_known_args()
+        if unknown:
+            raise UsageError(self.unknown(unknown))
         args.given = [name for name, value in vars(args).items() if value != self.get_default(name)]
         return args
+
+    def unknown(self, words: list[str]) -> str:
+        """A sentence on what nobody knows in the command line, with the nearest option."""
+        name = words[0].partition("=")[0]
+        if not name.startswith("-"):
+            return f"{shown(' '.join(words), 100)} belongs to no option: put quotes around a text of several words; see --help."
+        options = {option.strip("-"): option for option in self._option_string_actions}
+        near = difflib.get_close_matches(name.strip("-").lower(), options, 1)
+        return f"There is no option {shown(name, 100)}{f': did you mean {options[near[0]]}?' if near else '.'} See --help."
 
 
 def as_utf8(text: str) -> str:
@@ -91,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-t5", action="store_true", help="leave T5 out (SD3)")
     add(
         "--t5",
+        type=str.lower,
         choices=("device", "cpu", "fp8"),
         default="device",
         help="where T5 runs: on the device (the default), on the CPU, or on the device in its stored fp8 (SD3)",
@@ -112,7 +126,11 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         help="scale of guidance; 1 or less means none (default: the checkpoint's or family's)",
     )
-    add("--sampler", help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default")
+    add(
+        "--sampler",
+        type=str.lower,
+        help="ddim, euler or dpmpp_2m (SDXL), flow or dpmpp_2m (SD3); the first is the default",
+    )
     add = parser.add_argument_group("several pictures").add_argument
     add(
         "--prompts",
@@ -130,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with several pictures where a run was cut short")
     add(
         "--layout",
+        type=str.lower,
         choices=("pairs", "layers"),
         help="one picture on all ranks (layers), or one a pair of ranks (default: pairs for several pictures)",
     )
@@ -137,12 +156,14 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--preset",
         default="balanced",
+        type=str.lower,
         choices=PRESETS,
         help="; ".join(f"{name}: {preset.words}" for name, preset in PRESETS.items())
         + " (default: balanced)",
     )
     add(
         "--strategy",
+        type=str.lower,
         help="instead of the preset's: serial, batched (one process); condition, paper, step-extrapolation, inner-reuse, "
         "guided-pipeline (one process or two ranks; the first three also more)",
     )
@@ -186,6 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add(
         "--dtype",
+        type=str.lower,
         choices=DTYPES,
         help="of the networks (default: float32 on CPU; on CUDA bfloat16 if the denoiser is stored so, else float16)",
     )
@@ -193,6 +215,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tiles", action="store_true", help="decode pictures above 1 megapixel in tiles (less memory)")
     add(
         "--transport",
+        type=str.lower,
         choices=("auto", "nccl", "gloo"),
         default="auto",
         help="how ranks send: auto (the default) is nccl where each has a GPU of its own, else gloo",
@@ -202,7 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--out",
         type=Path,
-        help="where the PNG goes (default: picture.png, or the next free number); for several pictures a folder (default: pictures)",
+        help="where the picture goes, as PNG, JPEG or WebP by its name (default: picture.png, or the next free number); for several pictures a folder (default: pictures)",
     )
     add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
     add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
@@ -212,6 +235,11 @@ def parse_arguments() -> argparse.Namespace:
         "--compare-serial",
         action="store_true",
         help="for the report, make the picture by serial too (rank 0)",
+    )
+    add(
+        "--quiet",
+        action="store_true",
+        help="on stdout only the path of the picture, or of the manifest of several; errors on stderr",
     )
     return parser.parse_args()
 
@@ -277,14 +305,16 @@ def make_request(
         (("full_first", "reused"), SAVING),
     ):
         for name in names:
-            if getattr(args, name) is not None and strategy not in whose:
+            if (
+                getattr(args, name) is not None and strategy in strategies(family) and strategy not in whose
+            ):  # an unknown strategy is refused as such
                 raise UsageError(
-                    f"--{name.replace('_', '-')} is no number of {strategy}: add --strategy {whose[0]}, or leave it out."
+                    f"--{name.replace('_', '-')} has no effect with strategy {strategy}: add --strategy {whose[0]}, or leave it out."
                 )
     guidance = either("guidance", model.guidance)
     if guidance <= 1 and args.negative_prompt:
         raise UsageError(
-            f"--negative-prompt does nothing where guidance {guidance:g} is none: leave it out, or give more --guidance."
+            f"--negative-prompt has no effect with guidance {guidance:g}, as 1 or less means no guidance: leave it out, or give more --guidance."
         )
     if guidance <= 1 and strategy in STRATEGIES:
         strategy = "one-branch"
@@ -368,6 +398,10 @@ def check_several(args: argparse.Namespace) -> None:
     if not 1 <= args.images_per_prompt <= 10**6:
         raise UsageError(f"--images-per-prompt {args.images_per_prompt} is out of range: give 1 to 1000000.")
     args.out = args.out or Path("pictures")
+    if args.out.suffix.lower() in PICTURES and not args.out.is_dir():
+        raise UsageError(
+            f"--out {shown(str(args.out))} is the name of one picture, and several go into a folder: give the name of a folder."
+        )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         probe_names = [*args.out.glob("*.png"), *args.out.glob("manifest.jsonl")]
@@ -393,7 +427,7 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         return args, checkpoint, None, device
     if args.decode and (others := [name for name in args.given if name not in OF_DECODING]):
         raise UsageError(
-            f"--{others[0].replace('_', '-')} is for a picture that is sampled, and --decode only decodes one: leave one of them out."
+            f"--{others[0].replace('_', '-')} has no effect with --decode, which only decodes a picture: leave one of them out."
         )
     sends = not args.explain and not args.decode
     if (
@@ -432,9 +466,17 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
             raise UsageError(
                 f"--save-latents and --out are the same file, {shown(str(args.out))}: give each its own."
             )
+        if args.decode:
+            picture_format(args.out)
+        else:
+            check_picture(args.out, request.seed, settings_of(request, args.weights, transport.world))
         for path in filter(None, (args.out, args.save_latents)):
             check_writable(path, args.overwrite)
         if args.report:
+            if args.report.suffix.lower() in (".html", ".json") and not args.report.is_dir():
+                raise UsageError(
+                    f"--report {shown(str(args.report))} is the name of a file, and the report goes into a folder: give the name of a folder."
+                )
             try:
                 args.report.mkdir(parents=True, exist_ok=True)
             except OSError as error:

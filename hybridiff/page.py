@@ -118,6 +118,17 @@ def pictures(report: dict, image: Tensor, serial: Tensor | None) -> str:
     return f'<div class="pictures">{ours}{theirs}</div><p><b>Against serial:</b> {distance}.</p>'
 
 
+def against_serial(report: dict) -> str:
+    """One line on a report with a serial picture: how near it is, and how much faster the denoising was."""
+    serial, seconds = report["serial"], denoising(report)
+    near = "the same pixels" if serial["equal"] else f"PSNR {serial['psnr']:.1f} dB"
+    played = len(report["ranks"]) > report["settings"]["ranks"]
+    return (
+        f"against serial: {near}, {serial['seconds'] / seconds:.2f} times as fast ({seconds:.2f} s of denoising, serial"
+        f" {serial['seconds']:.2f} s{'; one process played all ranks in turn' if played else ''})"
+    )
+
+
 def denoising(report: dict) -> float:
     """Seconds of all steps."""
     return sum(step["seconds"] for step in report["steps"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, features
 from torch import Tensor
 
 import hybridiff
@@ -18,6 +18,14 @@ from hybridiff.errors import UsageError
 from hybridiff.pipeline import Request, Result, decoded_together
 from hybridiff.switching import MIDDLE, find_switch
 from hybridiff.tiles import LARGE
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix: format
+SIDES = {
+    "PNG": 2**31 - 1,
+    "JPEG": 65_500,
+    "WEBP": 16_383,
+}  # the most pixels a side, as libjpeg and libwebp have it
+JPEG_EXIF = 65_533  # the most bytes that fit in a JPEG's segment
 
 
 def settings_of(request: Request, weights: str, ranks: int) -> dict:
@@ -156,14 +164,60 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def picture_format(path: Path) -> str:
+    """ "PNG", "JPEG" or "WEBP" by the suffix of a picture's name; PNG where there is none. UsageError where it is another, or cannot be written here."""
+    known = PICTURES.get(path.suffix.lower() or ".png")
+    if known is None:
+        raise UsageError(
+            f"--out {shown(str(path))} ends in {shown(path.suffix)}, which is not written here: give a name that ends in {', '.join(PICTURES)}."
+        )
+    if known != "PNG" and not features.check({"JPEG": "jpg", "WEBP": "webp"}[known]):
+        raise UsageError(
+            f"--out {shown(str(path))}: the Pillow installed here cannot write {known}; give a name that ends in .png."
+        )
+    return known
+
+
+def exif_of(seed: int, settings: dict) -> Image.Exif:
+    """Prompt, seed and settings as a JSON object, in ASCII, in the EXIF field ImageDescription."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(
+        {"prompt": settings["prompt"], "seed": seed, "settings": settings}
+    )
+    return exif
+
+
+def check_picture(path: Path, seed: int, settings: dict) -> None:
+    """UsageError unless the format of this name can hold a picture of these settings."""
+    known = picture_format(path)
+    for name in ("height", "width"):
+        if settings[name] > SIDES[known]:
+            raise UsageError(
+                f"--{name} {settings[name]} is too large for a {path.suffix.lower()}, which has at most {SIDES[known]:,} pixels a side: give an --out that ends in .png."
+            )
+    if known == "JPEG" and len(exif_of(seed, settings).tobytes()) > JPEG_EXIF:
+        raise UsageError(
+            f"--out {shown(str(path))}: a JPEG has room for 64 KB of prompt and settings, and these are longer; give a name that ends in .png or .webp."
+        )
+
+
 def save_picture(image: Tensor, path: Path, seed: int, settings: dict) -> None:
-    """Write (H, W, 3) uint8 as PNG with prompt, seed and settings as text metadata."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("prompt", settings["prompt"])
-    info.add_itxt("seed", str(seed))
-    info.add_itxt("settings", json.dumps(settings))
-    picture = Image.fromarray(image.numpy())
-    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+    """Write (H, W, 3) uint8 in the format that the name says, with prompt, seed and settings: text chunks of a PNG, EXIF of JPEG and WebP. UsageError where that fails."""
+    known, picture = picture_format(path), Image.fromarray(image.numpy())
+    if known == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("prompt", settings["prompt"])
+        info.add_itxt("seed", str(seed))
+        info.add_itxt("settings", json.dumps(settings))
+        options = {"pnginfo": info}
+    else:
+        options = {"exif": exif_of(seed, settings), "quality": 95, "subsampling": 0}
+    try:
+        write_whole(path, lambda temporary: picture.save(temporary, format=known, **options))
+    except ValueError as error:  # what the format cannot hold
+        raise UsageError(
+            f"{path} could not be written as {known} ({error}): give a name that ends in .png."
+        ) from None
 
 
 def save_report(report: dict, folder: Path) -> None:

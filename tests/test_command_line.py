@@ -85,8 +85,8 @@ def test_two_ranks_make_the_picture_of_one_process(weights, tmp_path, monkeypatc
     assert {"load", "text", "waiting", "decode", *STAGES} <= report["seconds"].keys() and all(
         len(told) == 2 for told in report["seconds"].values()
     )
-    for text in (said, ran.stdout):
-        assert "seed: 3" in text and "bytes sent: " in text and "picture: " in text
+    for text, ranks in ((said, 1), (ran.stdout, 2)):
+        assert "seed: 3" in text and ("bytes sent: " in text) == (ranks == 2) and "picture: " in text
     assert "warm-up -> parallelism" in ran.stdout and ran.stderr.count("fully-connecting") > 0
 
 
@@ -250,6 +250,10 @@ def test_refused_on_every_rank(ranks, options, tmp_path):
     assert ran.returncode != 0 and len(lines) == 1
     codes = re.findall(r"exitcode  : (-?\d+)", ran.stderr)
     assert len(codes) == ranks and set(codes) <= {"2", "-15"}
+    sentence = lines[0].removeprefix("train_free_sample.py: ")
+    assert (
+        f"  traceback : {sentence}" in ran.stderr.partition("Root Cause")[2]
+    )  # torchrun's report ends with it
     assert str(SCRIPT) + '", line' not in ran.stderr
 
 
