@@ -306,7 +306,7 @@ def make_request(
     ):
         for name in names:
             if (
-                getattr(args, name) is not None and strategy in strategies(family) and strategy not in whose
+                getattr(args, name) is not None and strategy in STRATEGIES and strategy not in whose
             ):  # an unknown strategy is refused as such
                 raise UsageError(
                     f"--{name.replace('_', '-')} has no effect with strategy {strategy}: add --strategy {whose[0]}, or leave it out."
