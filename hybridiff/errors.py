@@ -12,6 +12,10 @@ class SharedError(UsageError):
     """The same, of which every rank of the team knows already."""
 
 
+class NameTaken(UsageError):
+    """A file of this name, which was free when the work began, is there when it shall be written."""
+
+
 def require_finite(tensor: Tensor, stage: str, name: str, advice: str) -> None:
     """UsageError that names the stage and the tensor, and says what to try, if the tensor holds NaN or infinity."""
     if not torch.isfinite(tensor).all():

@@ -1,9 +1,12 @@
 """What happened: the report as a table for JSON, and the picture with its settings inside."""
 
+import errno
+import hashlib
 import itertools
 import json
 import os
 import platform
+import secrets
 from pathlib import Path
 from typing import Callable
 
@@ -14,10 +17,13 @@ from torch import Tensor
 import hybridiff
 from hybridiff.clock import totals
 from hybridiff.ending import shown
-from hybridiff.errors import UsageError
+from hybridiff.errors import NameTaken, UsageError
 from hybridiff.pipeline import Request, Result, decoded_together
 from hybridiff.switching import find_switch
 from hybridiff.tiles import LARGE
+
+PICTURE = Path("picture.png")  # where a picture goes that is given no name
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems such as exFAT
 
 
 def settings_of(request: Request, weights: str, ranks: int) -> dict:
@@ -110,7 +116,7 @@ def in_use(use: dict) -> list[str]:
 def free_name(path: Path) -> Path:
     """The path itself, or the first of name-2, name-3, ... that is not there yet."""
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(name for name in names if not name.exists())
+    return path if not os.path.lexists(path) else next(name for name in names if not os.path.lexists(name))
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
@@ -118,9 +124,9 @@ def check_writable(path: Path, overwrite: bool) -> None:
     try:
         if path.is_dir():
             raise UsageError(f"{shown(str(path))} is a directory: give the name of a file.")
-        if path.exists() and not overwrite:
+        if os.path.lexists(path) and not overwrite:
             raise UsageError(f"{shown(str(path))} is there already: give --overwrite, or another name.")
-        probe = path.with_name(f".{path.name}.{os.getpid()}")
+        probe = beside(path)
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
@@ -129,24 +135,34 @@ def check_writable(path: Path, overwrite: bool) -> None:
         ) from None
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def beside(path: Path) -> Path:
+    """A hidden name in the same folder that nobody else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def write_whole(path: Path, write: Callable[[Path], object], overwrite: bool = True) -> None:
     """Write a file by `write(temporary path)`, then give it its name: it is whole or not there. UsageError where that fails.
 
     Where the file system can, it has no name before it is whole (open(2), O_TMPFILE), so that not even a kill leaves a part of it.
+    Without `overwrite` a file that has come under this name meanwhile stays as it is, and NameTaken is raised.
     """
-    temporary, nameless = path.with_name(f".{path.name}.{os.getpid()}"), None
+    temporary, nameless = beside(path), None
     try:
         try:
             nameless = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
         except (OSError, AttributeError):
-            write(temporary)
+            source = temporary
         else:
             source = Path(f"/proc/self/fd/{nameless}")
-            write(source)
-            os.link(
-                source, temporary, src_dir_fd=nameless, follow_symlinks=True
-            )  # the first argument is absolute; a dir_fd makes it linkat(2)
+        write(source)
+        if not overwrite:
+            take_name(source, path, nameless)
+            return
+        if nameless is not None:
+            link(source, temporary, nameless)
         os.replace(temporary, path)
+    except FileExistsError:
+        raise NameTaken(f"{path} was made by another run meanwhile, and is left as it is.") from None
     except OSError as error:
         raise UsageError(f"{path} could not be written ({error.strerror or error}).") from None
     finally:
@@ -155,17 +171,83 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_picture(image: Tensor, path: Path, seed: int, settings: dict) -> None:
-    """Write (H, W, 3) uint8 as PNG with prompt, seed and settings as text metadata."""
+def link(source: Path, path: Path, nameless: int | None) -> None:
+    """Give a file another name, or its first where it is `nameless` (its descriptor). FileExistsError where there is one of that name."""
+    if nameless is None:
+        os.link(source, path)
+    else:
+        os.link(
+            source, path, src_dir_fd=nameless, follow_symlinks=True
+        )  # the first argument is absolute; a dir_fd makes it linkat(2)
+
+
+def take_name(source: Path, path: Path, nameless: int | None) -> None:
+    """Give a whole file its name. FileExistsError where there is a file of that name, whenever it came."""
+    try:
+        link(source, path, nameless)
+    except OSError as error:
+        if error.errno not in NO_LINKS or nameless is not None:
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # an empty file keeps the name
+        os.replace(source, path)
+
+
+def this_run() -> str | None:
+    """What tells this run of torchrun from all others, the same in each of its attempts; None where it restarts no ranks.
+
+    torchrun's own name of a run is "none" unless one is given or made, so the folder of its logs, which is always new, is taken too.
+    """
+    name, errors = (os.environ.get(f"TORCHELASTIC_{what}", "") for what in ("RUN_ID", "ERROR_FILE"))
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or (name in ("", "none") and not errors):
+        return None
+    logs = Path(errors).parents[2:3]  # LOGS/attempt_0/0/error.json
+    return hashlib.sha256(f"{name} {logs and logs[0]}".encode()).hexdigest()[:16]
+
+
+def save_picture(
+    image: Tensor,
+    path: Path,
+    seed: int,
+    settings: dict,
+    overwrite: bool = True,
+    numbered: bool = False,
+    run: str | None = None,
+) -> Path:
+    """Write (H, W, 3) uint8 as PNG with prompt, seed, settings and, where it is given, the run as text metadata; returns its path.
+
+    Without `overwrite` NameTaken where the name is no longer free; with `numbered` the next number that is.
+    """
     info = PngImagePlugin.PngInfo()
     info.add_itxt("prompt", settings["prompt"])
     info.add_itxt("seed", str(seed))
     info.add_itxt("settings", json.dumps(settings))
+    if run:
+        info.add_itxt("run", run)
     picture = Image.fromarray(image.numpy())
-    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+    while True:
+        try:
+            write_whole(
+                path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info), overwrite
+            )
+            return path
+        except NameTaken:
+            if not numbered:
+                raise
+            path = free_name(PICTURE)
 
 
-def save_report(report: dict, folder: Path) -> None:
+def read_text(path: Path) -> dict[str, str]:
+    """The text metadata of a whole PNG of any size, without decoding it; empty where the file is none."""
+    try:
+        with PngImagePlugin.PngImageFile(path) as picture:
+            told = {name: str(value) for name, value in picture.info.items() if isinstance(value, str)}
+            picture.verify()  # the checksums, to the end of the file
+        return told
+    except Exception:  # Pillow raises many kinds for a file that is none or is damaged
+        return {}
+
+
+def save_report(report: dict, folder: Path, overwrite: bool = True) -> None:
     """Write folder/report.json."""
     text = json.dumps(report, indent=1) + "\n"
-    write_whole(folder / "report.json", lambda temporary: temporary.write_text(text))
+    write_whole(folder / "report.json", lambda temporary: temporary.write_text(text), overwrite)
