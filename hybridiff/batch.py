@@ -235,19 +235,25 @@ def begin(
     ).hexdigest()
     head = {"batch": batch, **head, "pictures": len(jobs)}
     made = {job.number for job, told in zip(jobs, settings) if resume and already_made(job, told, only)}
+    strange = None
     if not overwrite:
         if not resume and next(itertools.chain(folder.glob("*.png"), folder.glob("manifest.jsonl")), None):
             problem = f"--out {folder} holds pictures already: give --resume to go on with them, --overwrite, or another folder."
-        elif strange := next(
+        strange = next(
             (job.path for job in jobs if job.number not in made and os.path.lexists(job.path)), None
-        ):
-            problem = f"{strange} is another picture than this run would make: choose another --out, or add --overwrite."
+        )
     agree(transport, problem)
-    made = set().union(*transport.gather(made))  # on several machines each knows its own
+    files = transport.gather((made, strange and str(strange)))  # on several machines each knows its own
+    made = {number for numbers, _ in files for number in numbers}
+    strange = next((path for _, path in files if path), None)
     if transport.rank == 0:
         try:
             goes_on = resume and manifest.path.exists()
             before = manifest.last_lines(head) if goes_on else {}
+            if strange:
+                raise UsageError(
+                    f"{strange} is another picture than this run would make: choose another --out, or add --overwrite."
+                )
             if made and not (goes_on and manifest.read()[0].get("weights")):
                 say(
                     f"Nothing in {folder} says with which weights the pictures that are there were made: they are taken to be of these."

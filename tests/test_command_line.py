@@ -339,10 +339,10 @@ def test_tasks_of_another_launcher(name, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, "--steps", "1") == 2 and capsys.readouterr().err == ""
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv(name, "1")
-    assert call(monkeypatch, "--steps", "1", "--explain") == 0
+    assert call(monkeypatch, "--check") == 0
     monkeypatch.setenv(name, "2")
     monkeypatch.setenv("RANK", "0")  # torchrun in a task
-    assert call(monkeypatch, "--steps", "1", "--explain") == 0
+    assert call(monkeypatch, "--check") == 0
 
 
 def test_without_guidance_one_branch_is_run(tmp_path, monkeypatch, capsys):
