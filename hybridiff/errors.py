@@ -8,12 +8,12 @@ class UsageError(Exception):
     """A mistake in options, files or surroundings; shown without a traceback; exit status 2 on every rank, 1 where the work had begun."""
 
 
-class SharedError(UsageError):
-    """The same, of which every rank of the team knows already."""
-
-
 class NameTaken(UsageError):
     """A file of this name, which was free when the work began, is there when it shall be written."""
+
+
+class SharedError(UsageError):
+    """The same, of which every rank of the team knows already."""
 
 
 def require_finite(tensor: Tensor, stage: str, name: str, advice: str) -> None:

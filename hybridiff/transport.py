@@ -477,9 +477,9 @@ def place() -> tuple[int, int, int]:
 
 
 def restarts() -> int:
-    """How often torchrun has restarted the ranks: the number of this attempt, from TORCHELASTIC_RESTART_COUNT; 0 without."""
-    told = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(told) if told.isdecimal() else 0
+    """The number of this attempt: how often torchrun (--max-restarts) has started the ranks anew; 0 at first, and without torchrun."""
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(number) if number.isdecimal() else 0
 
 
 def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:
