@@ -2,20 +2,33 @@
 
 import argparse
 import difflib
+import os
+import re
 import secrets
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from hybridiff.batch import read_prompts
+from hybridiff.batch import is_comment, read_prompts, text_of_prompts
 from hybridiff.ending import shown
 from hybridiff.errors import UsageError
 from hybridiff.memory import refuse_too_large
 from hybridiff.pipeline import GUIDANCE, SIDE, Request, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
-from hybridiff.report import PICTURES, check_picture, check_writable, free_name, picture_format, settings_of
+from hybridiff.report import (
+    PICTURE,
+    PICTURES,
+    check_picture,
+    check_writable,
+    free_name,
+    picture_format,
+    read_text,
+    settings_of,
+    this_run,
+)
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import strategies
 from hybridiff.transport import Transport, nccl_problem, place
@@ -48,6 +61,10 @@ class Parser(argparse.ArgumentParser):
     """Raises UsageError, so that rank 0 alone speaks."""
 
     def error(self, message: str):
+        lacks = re.fullmatch(r"argument (--[\w-]+): expected .*argument", message)
+        after = sys.argv[sys.argv.index(lacks[1]) + 1 :][:1] if lacks and lacks[1] in sys.argv else []
+        if after and after[0].startswith("-") and after[0].split("=")[0] not in self._option_string_actions:
+            message = f'{message} (one that begins with "-" is written with "=": {lacks[1]}="{after[0]}")'
         raise UsageError(f"{shown(message)}; see --help.")
 
     def parse_args(self) -> argparse.Namespace:
@@ -225,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--out",
         type=Path,
-        help="where the picture goes, as PNG, JPEG or WebP by its name (default: picture.png, or the next free number); for several pictures a folder (default: pictures)",
+        help="where the picture goes, as PNG, JPEG or WebP by its name (default: picture.png, or, without --overwrite, the next free number); for several pictures a folder (default: pictures)",
     )
     add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
     add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
@@ -389,7 +406,7 @@ def that_can_be_made(
 
 
 def check_several(args: argparse.Namespace) -> None:
-    """UsageError in what cannot be had with several pictures, and where the folder is in use."""
+    """UsageError in what cannot be had with several pictures, and where their folder cannot be made."""
     for name in ("report", "save_latents", "compare_serial", "explain", "decode", "balance"):
         if getattr(args, name):
             raise UsageError(
@@ -404,16 +421,40 @@ def check_several(args: argparse.Namespace) -> None:
         )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        probe_names = [*args.out.glob("*.png"), *args.out.glob("manifest.jsonl")]
     except OSError as error:
         raise UsageError(
             f"--out {args.out} cannot be made a folder ({error.strerror}); several pictures go into one."
         ) from None
     check_writable(args.out / "manifest.jsonl", overwrite=True)
-    if probe_names and not (args.resume or args.overwrite):
-        raise UsageError(
-            f"--out {args.out} holds pictures already: give --resume to go on with them, --overwrite, or another folder."
-        )
+
+
+def finished_before(args: argparse.Namespace) -> Path | None:
+    """The picture, if an attempt of this run that torchrun has restarted since made it. UsageError where more than the picture is wanted and lacks."""
+    run = this_run()
+    candidates = [args.out] if args.out else sorted(Path().glob(f"{PICTURE.stem}*{PICTURE.suffix}"))
+    found = next((path for path in candidates if run and read_text(path).get("run") == run), None)
+    if found is None:
+        return None
+    reports = [args.report / name for name in ("report.json", "report.html")] if args.report else []
+    for path in filter(None, (args.save_latents, *reports)):  # written after the picture
+        if not path.exists() or path.stat().st_mtime < found.stat().st_mtime:
+            seed = read_text(found)["seed"]
+            raise UsageError(
+                f"{found} was made before this run was restarted, but not {path}: make both with --seed {seed} --out {found} --overwrite."
+            )
+    return found
+
+
+def started_without_torchrun() -> str | None:
+    """What to do where another launcher has started several tasks, which would each make the whole picture; None where it is not so."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = os.environ.get(name, "")
+        if tasks.isdecimal() and int(tasks) > 1 and "RANK" not in os.environ:
+            return (
+                f"{tasks} tasks are started here ({name}), but not as ranks, so that each would make the whole picture: start one task a"
+                f" machine, and in it torchrun --nproc_per_node={tasks} train_free_sample.py (with --nnodes on several machines)."
+            )
+    return None
 
 
 def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
@@ -447,9 +488,11 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         ]
     if lacking := needs(checkpoint) if not args.decode else []:
         raise UsageError(" ".join(lacking))
+    text = text_of_prompts(args.prompts, transport.world) if args.prompts else ""
     args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (
-        read_prompts(args.prompts) if args.prompts else []
+        read_prompts(args.prompts, text) if args.prompts else []
     )
+    args.comments = sum(map(is_comment, text.split("\n")))
     args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
     args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
     requests = that_can_be_made(args, checkpoint, device, transport.world)
@@ -460,10 +503,14 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
         raise UsageError(
             "--resume goes on with several pictures, and one is asked for: leave it out, or ask for more."
         )
+    args.found, args.numbered = None, args.out is None and not args.overwrite
     if args.several:
         check_several(args)
     elif transport.rank == 0 and not args.explain:
-        args.out = args.out or free_name(Path("picture.png"))
+        args.found = finished_before(args)
+        if args.found:
+            return args, checkpoint, request, device
+        args.out = args.out or (PICTURE if args.overwrite else free_name(PICTURE))
         if args.save_latents and args.save_latents.resolve() == args.out.resolve():
             raise UsageError(
                 f"--save-latents and --out are the same file, {shown(str(args.out))}: give each its own."

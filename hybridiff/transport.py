@@ -151,6 +151,7 @@ class Ranks(Transport):
         try:
             with self.waiting("all ranks to start"):
                 store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+                store = dist.PrefixStore(f"attempt {restarts()}", store)  # torchrun keeps it over restarts
                 self.counters = dist.PrefixStore("hybridiff counters", store)
                 dist.init_process_group(
                     "gloo", store=store, rank=rank, world_size=world, timeout=timeout
@@ -473,6 +474,12 @@ def place() -> tuple[int, int, int]:
             )
         )
     return tuple(map(int, told))
+
+
+def restarts() -> int:
+    """The number of this attempt: how often torchrun (--max-restarts) has started the ranks anew; 0 at first, and without torchrun."""
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(number) if number.isdecimal() else 0
 
 
 def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:

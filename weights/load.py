@@ -22,6 +22,15 @@ from weights.parts import PREFIXES, Contents, Part, read_beside, read_encoder, r
 from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
 
 PARTS = ("denoiser", "vae", "clip_l", "clip_g", "t5")
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+)
 T5_LENGTH = 256  # diffusers' default; Stability's code pads to 77 at least
 __all__ = ["Checkpoint", "WeightsError", "open_checkpoint"]
 
@@ -198,9 +207,15 @@ class Checkpoint:
         return None
 
     def digest(self) -> str:
-        """A hash of names, shapes, dtypes and eight values from the middle of every tensor; two checkpoints that share it are almost surely the same."""
+        """A hash of names, shapes, dtypes and eight values from the middle of every tensor, and of the tokenizers' files; two checkpoints that share it are almost surely the same."""
         told = hashlib.sha256()
         read = Reader()
+        for part, file in self.tokenizer_files():
+            try:
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
+            except OSError as error:
+                raise WeightsError(f"{file} cannot be read: {error.strerror or error}.") from None
+            told.update(f"{part} {file.name} {content}".encode())
         for part, fitted in self.fitted.items():
             for key, entry in sorted(fitted.entries.items()):
                 told.update(f"{part} {key} {entry.dtype} {entry.shape}".encode())
@@ -219,12 +234,30 @@ class Checkpoint:
             self.tokenizers[part] = self.make_tokenizer(part)
         return self.tokenizers[part]
 
-    def make_tokenizer(self, part: str) -> CLIPTokenizer | T5Tokenizer | T5JsonTokenizer:
-        """A tokenizer from its files."""
-        config = self.config(part)
+    def tokenizer_places(self, part: str) -> list[Path]:
+        """The folders in which the tokenizer of a text encoder may lie."""
         folder = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}[part]
         home = self.path if self.layout == "folder" else self.path.parent
-        places = [home / folder] if self.layout == "folder" else [home, home / folder, home / "tokenizers"]
+        return [home / folder] if self.layout == "folder" else [home, home / folder, home / "tokenizers"]
+
+    def tokenizer_files(self) -> list[tuple[str, Path]]:
+        """(part, file) of all files that tokenizers may be read from, but for those that come with this project and T5's in the hub cache."""
+        found = []
+        for part in ("clip_l", "clip_g", "t5"):
+            if part not in self.fitted or self.ships_tokenizer(part):
+                continue
+            places = self.tokenizer_places(part)
+            if part == "t5" and self.t5_file:
+                places = [Path(self.t5_file)]
+            files = [
+                file for place in places for file in (place, *(place / name for name in TOKENIZER_FILES))
+            ]
+            found += [(part, file) for file in files if file.is_file()]
+        return found
+
+    def make_tokenizer(self, part: str) -> CLIPTokenizer | T5Tokenizer | T5JsonTokenizer:
+        """A tokenizer from its files."""
+        config, places = self.config(part), self.tokenizer_places(part)
         if part == "t5":
             return t5_tokenizer(places, config, self.t5_length, self.t5_file)
         return clip_tokenizer(
