@@ -475,6 +475,12 @@ def place() -> tuple[int, int, int]:
     return tuple(map(int, told))
 
 
+def restarts() -> int:
+    """The number of this attempt: how often torchrun (--max-restarts) has started the ranks anew; 0 at first, and without torchrun."""
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(number) if number.isdecimal() else 0
+
+
 def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:
     """The transport of this process: `Ranks` under torchrun with two ranks or more, else `Mailbox`."""
     rank, world, _ = place()
