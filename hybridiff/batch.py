@@ -179,7 +179,9 @@ def begin(
     strange = next(
         (job.path for job in jobs if resume and job.number not in made and job.path.exists()), None
     )
-    files = transport.gather((made, strange))  # on several machines each knows its own
+    files = transport.gather(
+        (sorted(made), strange and str(strange))
+    )  # on several machines each knows its own
     made = {number for numbers, _ in files for number in numbers}
     strange = next((path for _, path in files if path), None)
     if transport.rank == 0:
@@ -213,7 +215,7 @@ def begin(
         except UsageError as error:
             problem = str(error)
     agree(transport, problem)
-    failed = set().union(*transport.gather(failed))
+    failed = set().union(*transport.gather(sorted(failed)))
     return manifest, sorted(
         (job for job in jobs if job.number not in made), key=lambda job: job.number in failed
     )
