@@ -9,10 +9,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -98,46 +97,38 @@ def cause(error: BaseException, timeout: timedelta) -> str:
     return f"that failed: {first[:400].rstrip('.')}{advice}"
 
 
-class Watchdog:
-    """Ends waits that do not end by themselves: one thread looks at the deadlines of all waits of this process.
-
-    Some waits of torch.distributed know no timeout, such as those for a stopped rank 0 at the start.
+class AtMost:
+    """Calls `late` where what is within takes more than so many seconds (by up to EVERY): some waits of torch.distributed know no timeout, such as
+    those for a stopped rank 0 at the start. Such waits may nest, in any thread; one thread looks at the deadlines of all.
     """
 
-    def __init__(self) -> None:
-        self.waits: dict[
-            object, tuple[float, Callable[[], None]]
-        ] = {}  # by wait: its deadline, what is done then
-        self.lock, self.thread = threading.Lock(), None
+    waits: dict["AtMost", float] = {}  # deadlines by `time.monotonic`
+    lock = threading.Lock()
+    watchdog: threading.Thread | None = None
 
-    @contextmanager
-    def at_most(self, seconds: float, late: Callable[[], None]) -> Iterator[None]:
-        """Call `late`, in the watchdog's thread, where what is within takes longer (by up to EVERY). Such waits may nest, in any thread."""
-        if self.thread is None:
-            self.start()
-        wait = object()
-        self.waits[wait] = time.monotonic() + seconds, late
-        try:
-            yield
-        finally:
-            self.waits.pop(wait, None)
+    def __init__(self, seconds: float, late: Callable[[], None]):
+        self.seconds, self.late = seconds, late
 
-    def start(self) -> None:
-        with self.lock:
-            if self.thread is None:
-                self.thread = threading.Thread(target=self.look, daemon=True)
-                self.thread.start()
+    def __enter__(self) -> None:
+        if AtMost.watchdog is None:
+            with AtMost.lock:
+                if AtMost.watchdog is None:
+                    AtMost.watchdog = threading.Thread(target=look, daemon=True)
+                    AtMost.watchdog.start()
+        AtMost.waits[self] = time.monotonic() + self.seconds
 
-    def look(self) -> None:
-        while True:
-            time.sleep(EVERY)
-            now = time.monotonic()
-            for wait, (deadline, late) in list(self.waits.items()):
-                if now > deadline and self.waits.pop(wait, None):
-                    late()
+    def __exit__(self, *error: object) -> None:
+        AtMost.waits.pop(self, None)
 
 
-WATCHDOG = Watchdog()
+def look() -> None:
+    """The watchdog: call `late` of every wait that is beyond its deadline."""
+    while True:
+        time.sleep(EVERY)
+        now = time.monotonic()
+        for wait, deadline in list(AtMost.waits.items()):
+            if now > deadline and AtMost.waits.pop(wait, None):
+                wait.late()
 
 
 class Place(NamedTuple):

@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hybridiff.ending import finish_despite_interrupts, say
 from hybridiff.errors import SharedError, UsageError
-from hybridiff.process_group import WATCHDOG, Place, cause, meet, no_meeting, no_nccl, this_place
+from hybridiff.process_group import AtMost, Place, cause, meet, no_meeting, no_nccl, this_place
 from hybridiff.schedule import Value
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
@@ -34,9 +34,8 @@ Shapes = Sequence[tuple[torch.Size, torch.dtype]]
 
 
 def trace(text: str) -> None:
-    """One line on stderr if HYBRIDIFF_TRACE=1."""
-    if TRACE:
-        print(text, file=sys.stderr, flush=True)
+    """One line on stderr, for HYBRIDIFF_TRACE=1."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class PeerLost(Exception):
@@ -85,7 +84,8 @@ class Transport:
         """Add a message to the count."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.sent[value.what] += size
-        trace(f"step {self.step}: rank {sender} -> rank {to}: {value}, {size} bytes")
+        if TRACE:
+            trace(f"step {self.step}: rank {sender} -> rank {to}: {value}, {size} bytes")
 
     def forget(self) -> None:
         """A picture has broken off: drop the messages that nobody will take."""
@@ -169,6 +169,24 @@ class Mailbox(Transport):
         return sent
 
 
+class Wait(AtMost):
+    """A wait of `ranks` for others."""
+
+    def __init__(self, ranks: "Ranks", what: str):
+        super().__init__(ranks.timeout.total_seconds() + 3, self.late)
+        self.ranks, self.what = ranks, what
+
+    def late(self) -> None:
+        self.ranks.end(self.what)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        super().__exit__()
+        if isinstance(error, (RuntimeError, ValueError)):  # gloo's and NCCL's errors are RuntimeErrors
+            ranks = self.ranks
+            who = f"rank {ranks.members[ranks.rank]} waited for {self.what}{ranks.where()}"
+            raise PeerLost(f"{who}, but {cause(error, ranks.timeout)}.") from error
+
+
 class Ranks(Transport):
     """This process is one rank among several: gloo on CPU, NCCL where each rank has a GPU of its own.
 
@@ -195,21 +213,13 @@ class Ranks(Transport):
             deque()
         )  # sends, with their step, keep their tensors alive until they are done
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str) -> "Wait":
         """PeerLost, in words, where torch.distributed gives up; where it does not, this process ends a little later."""
-        try:
-            with self.at_most(what):
-                yield
-        except (RuntimeError, ValueError) as error:  # gloo's and NCCL's errors are RuntimeErrors
-            why = cause(error, self.timeout)
-            raise PeerLost(
-                f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {why}."
-            ) from error
+        return Wait(self, what)
 
-    def at_most(self, what: str) -> AbstractContextManager:
+    def at_most(self, what: str) -> AtMost:
         """The end of this process where what is within takes longer than the timeout and 3 seconds."""
-        return WATCHDOG.at_most(self.timeout.total_seconds() + 3, lambda: self.end(what))
+        return AtMost(self.timeout.total_seconds() + 3, lambda: self.end(what))
 
     def end(self, what: str) -> None:
         """The last resort, in a thread of its own."""
@@ -400,7 +410,8 @@ class Ranks(Transport):
         for tensor in tensors:
             with self.waiting(f"{value} from rank {self.members[sender]}"):
                 dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
-        trace(f"step {self.step}: rank {to} <- rank {sender}: {value}")
+        if TRACE:
+            trace(f"step {self.step}: rank {to} <- rank {sender}: {value}")
         return tuple(tensor.to(self.device) for tensor in tensors)
 
     def settle(self) -> None:
