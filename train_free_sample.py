@@ -6,20 +6,21 @@ python train_free_sample.py                                            # the sam
 torchrun --nproc_per_node=2 train_free_sample.py --weights sd_xl_base_1.0.safetensors --prompt "a red fox"
 """
 
-import argparse
 import os
-import secrets
 import signal
+
+if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends without a traceback
+    WORD = b"train_free_sample.py: interrupted\n" if os.environ.get("RANK", "0") == "0" else b""
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, WORD), os._exit(1)))
+
+import argparse
+import secrets
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-
-if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends without a traceback
-    WORD = b"train_free_sample.py: interrupted\n" if os.environ.get("RANK", "0") == "0" else b""
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, WORD), os._exit(1)))
 
 import torch
 
@@ -39,6 +40,8 @@ from hybridiff.denoise import StepRecord
 from hybridiff.ending import (
     StepBar,
     be_quiet,
+    by_interrupt,
+    end_of_work,
     end_on_interrupt,
     in_a_sentence,
     prepare_streams,
@@ -423,11 +426,11 @@ def disagreement(
         facts["the weights"] = checkpoint.digest()
     except WeightsError as error:
         facts["the weights"] = str(error)
-    ranks = transport.gather(facts)
+    ranks = transport.gather({name: repr(value) for name, value in facts.items()})
     for rank, theirs in enumerate(ranks):
         for name, value in ranks[0].items():
             if theirs.get(name) != value:
-                return f"The ranks disagree about {name}: rank 0 has {value!r:.80}, rank {rank} {theirs.get(name)!r:.80}; start all of them alike."
+                return f"The ranks disagree about {name}: rank 0 has {value:.80}, rank {rank} {theirs.get(name)!s:.80}; start all of them alike."
     return None
 
 
@@ -447,9 +450,10 @@ def main() -> int:
         say(str(error), error=True)
         return 2
     except (Exception, KeyboardInterrupt) as error:
+        interrupted = by_interrupt(error, lost=isinstance(error, PeerLost))
         if TRACE:
             traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
+        if interrupted:
             words = "interrupted" if place()[0] == 0 else None
         else:
             words = (
@@ -550,4 +554,6 @@ def run(transport: Transport) -> int:
 if __name__ == "__main__":
     prepare_streams()
     end_on_interrupt(speaks=os.environ.get("RANK", "0") == "0")
-    sys.exit(main())
+    status = main()
+    end_of_work()
+    sys.exit(status)

@@ -31,7 +31,7 @@ from hybridiff.report import (
 )
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import strategies
-from hybridiff.transport import Transport, nccl_problem, place
+from hybridiff.transport import Transport, place
 from weights.describe import needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
@@ -459,8 +459,12 @@ def started_without_torchrun() -> str | None:
 
 def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
     """Everything that can be refused is refused here, before any long work. No request where only --check is asked for."""
-    args = parse_arguments()
-    device = choose_device(args.device)
+    device = None
+    try:
+        args = parse_arguments()
+        device = choose_device(args.device)
+    finally:
+        transport.locate(device)  # also where the options are refused: the other ranks wait for it
     checkpoint = open_checkpoint(args.weights, args.text_encoders, args.t5_tokenizer)
     if args.no_t5:
         checkpoint.leave_out("t5")
@@ -471,16 +475,6 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
             f"--{others[0].replace('_', '-')} has no effect with --decode, which only decodes a picture: leave one of them out."
         )
     sends = not args.explain and not args.decode
-    if (
-        sends
-        and args.transport == "nccl"
-        and (
-            problem := "there is one process, which sends nothing"
-            if transport.world == 1
-            else nccl_problem(device)
-        )
-    ):
-        raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
     if checkpoint.family == "sd3" and "t5" not in checkpoint.parts and not args.no_t5:
         checkpoint.remarks = [
             *checkpoint.remarks,
@@ -496,9 +490,12 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
     args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
     args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
     requests = that_can_be_made(args, checkpoint, device, transport.world)
+    if sends and args.transport == "nccl" and (problem := transport.nccl_problem(args.team_size)):
+        raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
     request, largest = requests[0], max(requests, key=lambda request: request.height * request.width)
-    if not args.explain and not args.decode:
-        refuse_too_large(checkpoint, largest, device, transport.world, args.team_size, kept=args.several)
+    if sends:
+        ranks, sharing = transport.neighbours()
+        refuse_too_large(checkpoint, largest, device, ranks, args.team_size, args.several, sharing)
     if args.resume and not args.several:
         raise UsageError(
             "--resume goes on with several pictures, and one is asked for: leave it out, or ask for more."

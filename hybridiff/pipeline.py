@@ -206,7 +206,7 @@ def decode(
     if transport:
         rows = min(tile[0], -(-height // transport.world) + OVERLAP)
         image = decode_tiled(
-            vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather
+            vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather_tensor
         )[0]
     else:
         image = (vae.decode(raw) if tile == (height, width) else decode_tiled(vae, raw, tile, OVERLAP))[0]
@@ -304,6 +304,7 @@ def generate(
     if request.balance:
         times = transport.gather(unit_times(task))
         cuts = transport.gather(balanced(denoiser, times))[0]  # rank 0's, so that the ranks cannot disagree
+        cuts = tuple(tuple(cut) if isinstance(cut, list) else cut for cut in cuts)
         held = names_held(cuts)
         if held is not None:
             denoiser, task = (
@@ -329,7 +330,9 @@ def generate(
         on_step(record)
     bytes_sent = transport.finish()
     bars = [
-        bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told
+        Bar(*bar)
+        for told in transport.gather([bar for record in records for bar in record.bars])
+        for bar in told
     ]
     del task, denoiser
     problem = None
