@@ -6,19 +6,21 @@ python train_free_sample.py                                            # the sam
 torchrun --nproc_per_node=2 train_free_sample.py --weights sd_xl_base_1.0.safetensors --prompt "a red fox"
 """
 
-import argparse
 import os
-import secrets
 import signal
-import sys
-import time
-import traceback
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 if __name__ == "__main__":  # Ctrl-C while the packages are being imported ends without a traceback
     WORD = b"train_free_sample.py: interrupted\n" if os.environ.get("RANK", "0") == "0" else b""
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, WORD), os._exit(1)))
+
+import argparse
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +29,7 @@ from hybridiff.batch import (
     Job,
     Manifest,
     Progress,
+    already_made,
     begin,
     line_of,
     make_jobs,
@@ -37,6 +40,8 @@ from hybridiff.denoise import StepRecord
 from hybridiff.ending import (
     StepBar,
     be_quiet,
+    by_interrupt,
+    end_of_work,
     end_on_interrupt,
     in_a_sentence,
     prepare_streams,
@@ -45,11 +50,19 @@ from hybridiff.ending import (
     shown,
 )
 from hybridiff.errors import SharedError, UsageError
-from hybridiff.latents import read_latents, save_both
-from hybridiff.options import asked_timeout, check_text, choose_device, make_request, numbers, prepare
+from hybridiff.latents import read_latents, rescue, save_both
+from hybridiff.options import (
+    asked_timeout,
+    check_text,
+    choose_device,
+    make_request,
+    numbers,
+    prepare,
+    started_without_torchrun,
+)
 from hybridiff.page import against_serial, make_page, psnr, save_page
 from hybridiff.pipeline import Request, Result, agree, decode, generate, meta_task, plan_request
-from hybridiff.report import in_use, make_report, save_picture, save_report, settings_of
+from hybridiff.report import in_use, make_report, save_picture, save_report, settings_of, this_run
 from hybridiff.strategies import Settings
 from hybridiff.switching import find_switch
 from hybridiff.text import cuts
@@ -99,48 +112,82 @@ def say_cuts(checkpoint: Checkpoint, texts: Iterable[tuple[str, str, str | None]
         say(f"{names}: {sentence}" if names else sentence)
 
 
-def make_several(transport: Transport, args, checkpoint: Checkpoint, device: torch.device) -> int:
-    """Make all pictures, each by the team that is free; exit status 1 if one of them failed."""
-    seed, problem, size = args.seed, None, args.team_size
-    if transport.rank == 0 and seed is None:
+def begin_several(
+    transport: Transport, args, checkpoint: Checkpoint, device: torch.device
+) -> tuple[Manifest, list[Job], list[Job]]:
+    """(manifest, all pictures, those that are still to be made). Sets args.run. SharedError where the folder holds what must stay, before any work.
+
+    Where torchrun has restarted the ranks, the pictures of the attempt before are kept and it goes on with its seed; its manifest tells its run.
+    """
+    args.run, again, seed, weights, problem = transport.gather(this_run())[0], False, args.seed, None, None
+    if transport.rank == 0:
+        manifest = Manifest(args.out)
+        again = args.run is not None and manifest.run() == args.run
         try:
-            seed = (
-                Manifest(args.out).read()[0]["seed"]
-                if args.resume and Manifest(args.out).path.exists()
-                else secrets.randbelow(2**32)
-            )
-        except UsageError as error:
+            weights = checkpoint.digest()
+            if seed is None and (args.resume or again) and manifest.path.exists():
+                seed = manifest.read()[0]["seed"]
+        except (UsageError, WeightsError) as error:
             problem = str(error)
     agree(transport, problem)
-    seed = transport.gather(seed)[0]
-    jobs = make_jobs(args.told, args.images_per_prompt, seed, args.out)
+    drawn = secrets.randbelow(2**32) if seed is None else seed
+    head = {"seed": drawn, "weights": weights, "run": args.run or secrets.token_hex(8)}
+    again, head = transport.gather((again, head))[0]
+    jobs = make_jobs(args.told, args.images_per_prompt, head["seed"], args.out)
+    only = args.run if again and args.overwrite and not args.resume else None
+    manifest, left = begin(
+        jobs,
+        [settings_of_job(args, checkpoint, device, job) for job in jobs],
+        head,
+        args.resume or again,
+        args.overwrite,
+        only,
+        transport,
+    )
+    return manifest, jobs, left
 
-    def settings(job: Job) -> dict:
-        try:
-            return settings_of(make_request(args, checkpoint, device, job.own), args.weights, size)
-        except UsageError:
-            return dict(job.own)  # it will fail at its turn
 
-    def texts_of(jobs: Iterable[Job]) -> Iterator[tuple[str, str, str | None]]:
-        for job in jobs:
-            try:
-                request = make_request(args, checkpoint, device, job.own)
-            except UsageError:
-                continue  # it will fail at its turn
+def settings_of_job(args, checkpoint: Checkpoint, device: torch.device, job: Job) -> dict:
+    """The settings of a picture, as its file has them."""
+    try:
+        request = make_request(args, checkpoint, device, job.own)
+        return settings_of(request, args.weights, args.team_size)
+    except UsageError:
+        return dict(job.own)  # it will fail at its turn
+
+
+def texts_of(
+    args, checkpoint: Checkpoint, device: torch.device, jobs: Iterable[Job]
+) -> Iterator[tuple[str, str, str | None]]:
+    """The texts of pictures, as for `say_cuts`; those that cannot be made will fail at their turn."""
+    for job in jobs:
+        with suppress(UsageError):
+            request = make_request(args, checkpoint, device, job.own)
             yield job.path.name, request.prompt, request.negative_prompt
 
-    manifest, left = begin(
-        jobs, [settings(job) for job in jobs], seed, args.resume, args.overwrite, transport
-    )
+
+def make_several(
+    transport: Transport,
+    args,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    manifest: Manifest,
+    jobs: list[Job],
+    left: list[Job],
+) -> int:
+    """Make the pictures that are `left` of all `jobs`, each by the team that is free; exit status 1 unless every one is there in the end."""
+    size = args.team_size
     if transport.rank == 0:
         say(
             f"{len(jobs)} pictures, {len(jobs) - len(left)} of them made before, by {transport.world // size} team(s) of {size}: {args.out}/"
         )
+        if args.comments:
+            say(f'{args.comments} line(s) of {args.prompts} are comments, as they begin with "# "')
     transport.divide(size)
     set_up(transport, args, device)
     if transport.rank == 0 and transport.team == 0:
         introduce(transport, args, checkpoint, device, args.plans)
-        say_cuts(checkpoint, texts_of(left))
+        say_cuts(checkpoint, texts_of(args, checkpoint, device, left))
     checkpoint.keep = True
     progress = Progress(len(left), transport)
 
@@ -148,12 +195,13 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
         transport.step_done()
 
     for job in take_turns(left, transport):
-        start, problem = time.monotonic(), None
+        start, problem, outcome = time.monotonic(), None, "made"
         try:
             request = make_request(args, checkpoint, device, job.own)
             result = generate(checkpoint, request, transport, device, on_step)
             if transport.rank == 0:
-                save_picture(result.image, job.path, request.seed, settings_of(request, args.weights, size))
+                told = request.seed, settings_of(request, args.weights, size)
+                outcome = save_job(result, job, told, args.overwrite, args.run)
         except UsageError as error:
             problem = str(error)
         except PeerLost:
@@ -171,25 +219,43 @@ def make_several(transport: Transport, args, checkpoint: Checkpoint, device: tor
         problem = next((told for told in transport.gather(problem) if told), None)
         if transport.rank == 0:
             seconds = time.monotonic() - start
-            if problem is None:
-                manifest.add(line_of(job, "made", seconds=round(seconds, 2), team=transport.team))
+            outcome = outcome if problem is None else "failed"
+            transport.add(outcome)
+            if outcome == "made":
                 progress.ended(
                     f"{job.path.name}: {seconds:.1f} s, seed {request.seed}, {job.own['prompt']!r:.60}"
                 )
-            else:
-                manifest.add(line_of(job, "failed", why=problem))
-                transport.add("failed")
+                manifest.add(line_of(job, "made", seconds=round(seconds, 2), team=transport.team))
+            elif outcome == "failed":
                 if args.quiet:
                     say(f"{job.path.name} failed: {problem}", error=True)
                 progress.ended(f"{job.path.name} failed: {problem}")
-    failed = transport.add("failed", 0)
+                manifest.add(line_of(job, "failed", why=problem))
+            else:
+                progress.ended(f"{job.path.name} was made by another run meanwhile")
+    made, failed, found = (transport.add(outcome, 0) for outcome in ("made", "failed", "found"))
+    found += len(jobs) - len(left)
     if transport.rank == 0 and transport.team == 0:
-        say(f"{len(left) - failed} pictures made, {failed} failed; {manifest.path} lists them")
+        say(f"{made} pictures made, {failed} failed, {found} found; {manifest.path} lists them")
+        if made + failed + found != len(jobs):
+            say(f"{len(jobs)} pictures were asked for: give --resume to make those that lack.", error=True)
         if args.quiet:
             say(str(manifest.path), result=True)
     if failed:
         record_failure(f"{failed} pictures failed; {manifest.path} says why.")
-    return 1 if failed else 0
+    return 0 if failed == 0 and made + found == len(jobs) else 1
+
+
+def save_job(result: Result, job: Job, told: tuple[int, dict], overwrite: bool, run: str | None) -> str:
+    """Write a picture of a batch: "made", or "found" where another run of the same batch has just made it. UsageError where that fails; its latents are kept."""
+    try:
+        save_picture(result.image, job.path, *told, overwrite, run=run)
+        return "made"
+    except UsageError as error:
+        if already_made(job, told[1]):
+            return "found"
+        said = rescue(result.records[-1].latents, None, *told)[1]
+        raise UsageError(f"{error} {said}") from None
 
 
 def sample(
@@ -227,8 +293,12 @@ def sample(
     bar.close()
     transport.doing = "save"
     if speaks:
-        told = request.seed, settings_of(request, args.weights, transport.world)
-        save_both(result.image, result.records[-1].latents, args.out, args.save_latents, *told)
+        told = request.seed, settings_of(request, args.weights, transport.world), args.overwrite
+        images = result.image, result.records[-1].latents
+        wished, names = args.out, (args.out, args.save_latents)
+        args.out = save_both(*images, *names, *told, numbered=args.numbered, run=this_run())
+        if args.out != wished:
+            say(f"{wished} was made by another run meanwhile: this picture is {args.out}")
     serial = make_serial(transport, checkpoint, request, device) if args.compare_serial else None
     transport.doing = "save"
     if speaks:
@@ -238,8 +308,12 @@ def sample(
                 distance = psnr(result.image, serial.image)
                 spent = sum(record.seconds for record in serial.records)
                 report["serial"] = {"equal": distance is None, "psnr": distance, "seconds": spent}
-            save_report(report, args.report)
-            save_page(make_page(report, request, result, serial.image if serial else None), args.report)
+            page = make_page(report, request, result, serial.image if serial else None)
+            try:
+                save_report(report, args.report, args.overwrite)
+                save_page(page, args.report, args.overwrite)
+            except UsageError as error:
+                raise UsageError(f"{error} The picture is in {args.out}.") from None
             if serial:
                 say(against_serial(report))
         if request.strategy == "paper" and report["tau1"] is None:
@@ -296,10 +370,10 @@ def tell(args: argparse.Namespace, checkpoint: Checkpoint, request: Request | No
     if args.decode:
         latents, seed, settings = read_latents(args.decode, checkpoint.config("vae").latent_channels)
         torch.set_num_threads(args.threads)
-        save_picture(
-            decode(checkpoint, latents, choose_device(args.device), args.tiles), args.out, seed, settings
-        )
-        say(str(args.out) if args.quiet else f"picture: {args.out}", result=True)
+        image = decode(checkpoint, latents, choose_device(args.device), args.tiles)
+        how = args.overwrite, args.numbered, this_run()
+        path = save_picture(image, args.out, seed, settings, *how)
+        say(str(path) if args.quiet else f"picture: {path}", result=True)
     elif request is None:
         say(describe(checkpoint, t5=not args.no_t5), result=True)
         if not needs(checkpoint):
@@ -328,6 +402,8 @@ def disagreement(
         "overwrite",
         "save_latents",
         "report",
+        "found",
+        "numbered",
         "device",
         "threads",
         "timeout",
@@ -350,17 +426,23 @@ def disagreement(
         facts["the weights"] = checkpoint.digest()
     except WeightsError as error:
         facts["the weights"] = str(error)
-    ranks = transport.gather(facts)
+    ranks = transport.gather({name: repr(value) for name, value in facts.items()})
     for rank, theirs in enumerate(ranks):
         for name, value in ranks[0].items():
             if theirs.get(name) != value:
-                return f"The ranks disagree about {name}: rank 0 has {value!r:.80}, rank {rank} {theirs.get(name)!r:.80}; start all of them alike."
+                return f"The ranks disagree about {name}: rank 0 has {value:.80}, rank {rank} {theirs.get(name)!s:.80}; start all of them alike."
     return None
 
 
 def main() -> int:
     """Exit status: 0 well, 1 failed on the way (or --check found something missing), 2 refused before any work."""
     transport = Transport()  # until the ranks have met
+    if problem := started_without_torchrun():
+        if {os.environ.get(name, "0") for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")} == {
+            "0"
+        }:
+            say(problem, error=True)  # one task speaks
+        return 2
     try:
         transport = connect(asked_timeout())
         return run(transport)
@@ -368,9 +450,10 @@ def main() -> int:
         say(str(error), error=True)
         return 2
     except (Exception, KeyboardInterrupt) as error:
+        interrupted = by_interrupt(error, lost=isinstance(error, PeerLost))
         if TRACE:
             traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
+        if interrupted:
             words = "interrupted" if place()[0] == 0 else None
         else:
             words = (
@@ -398,7 +481,8 @@ def run(transport: Transport) -> int:
         (f"--{name}" for name in ("check", "explain", "decode") if prepared and getattr(prepared[0], name)),
         "pictures",
     )
-    problems, wishes = zip(*transport.gather((problem, asked)))
+    found = prepared[0].found if prepared and asked in ("pictures", "--decode") else None
+    problems, wishes, finds = zip(*transport.gather((problem, asked, found and str(found))))
     problem = next((said for said in problems if said), None)  # all ranks stop if one must
     if problem is None and (
         other := next((rank for rank, wish in enumerate(wishes) if wish != wishes[0]), None)
@@ -409,6 +493,12 @@ def run(transport: Transport) -> int:
         record_failure(problem)
         if transport.rank == 0:
             say(problem, error=True)
+    elif finds[0]:
+        status = 0
+        if transport.rank == 0:
+            say("the picture was finished before this run was restarted")
+            quiet = prepared[0].quiet
+            say(finds[0] if quiet else f"picture: {finds[0]}", result=True)
     elif prepared[0].check or prepared[0].explain or prepared[0].decode:
         args, checkpoint, request, _ = prepared
         status, problem = (
@@ -425,16 +515,22 @@ def run(transport: Transport) -> int:
             record_failure(problem)
     else:
         args, checkpoint, request, device = prepared
-        if differs := disagreement(transport, args, checkpoint, request):
-            record_failure(differs)
+        problem, batch = disagreement(transport, args, checkpoint, request), None
+        try:
+            if args.several and problem is None:
+                batch = begin_several(transport, args, checkpoint, device)
+        except SharedError as error:
+            problem = str(error)
+        if problem:
+            record_failure(problem)
             if transport.rank == 0:
-                say(differs, error=True)
+                say(problem, error=True)
             transport.leave()
             return 2
         status = 0
         try:
             if args.several:
-                status = make_several(transport, args, checkpoint, device)
+                status = make_several(transport, args, checkpoint, device, *batch)
             else:
                 request = replace(request, seed=transport.gather(request.seed)[0])
                 transport.divide(args.team_size)
@@ -458,4 +554,6 @@ def run(transport: Transport) -> int:
 if __name__ == "__main__":
     prepare_streams()
     end_on_interrupt(speaks=os.environ.get("RANK", "0") == "0")
-    sys.exit(main())
+    status = main()
+    end_of_work()
+    sys.exit(status)

@@ -6,6 +6,11 @@ When rank RANK comes to PLACE it makes the file MARK and then does HOW: "kill", 
 
 import os
 import signal
+
+if __name__ == "__main__":  # as train_free_sample.py has it, which is imported here and not run
+    WORD = b"train_free_sample.py: interrupted\n" if os.environ["RANK"] == "0" else b""
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, WORD), os._exit(1)))
+
 import sys
 import time
 from pathlib import Path
@@ -85,14 +90,16 @@ def arm(place: str, how: str, mark: Path) -> None:
 def main() -> int:
     place, how, rank, mark, *options = sys.argv[1:]
     import train_free_sample
-    from hybridiff.ending import end_on_interrupt, prepare_streams
+    from hybridiff.ending import end_of_work, end_on_interrupt, prepare_streams
 
     sys.argv[:] = [train_free_sample.__file__, *options]
     prepare_streams()
     end_on_interrupt(speaks=os.environ["RANK"] == "0")
     if os.environ["RANK"] == rank:
         arm(place, how, Path(mark))
-    return train_free_sample.main()
+    status = train_free_sample.main()
+    end_of_work()
+    return status
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from tqdm import tqdm
 NAME = "train_free_sample.py"
 GRACE = 1.0  # seconds that the main thread has to end by itself after Ctrl-C
 quiet = False  # --quiet, see `be_quiet`
+SOON = 0.2  # seconds within which Ctrl-C reaches all ranks
+came, over = threading.Event(), threading.Event()  # Ctrl-C when all work was done; the end of `main`
 
 
 class Forgiving:
@@ -133,12 +135,33 @@ def end_on_interrupt(speaks: bool) -> None:
     def watch(keep: socket.socket) -> None:
         while ours.recv(1) != bytes([signal.SIGINT]):
             pass
-        time.sleep(GRACE)
-        if speaks:
-            say("interrupted", error=True)
-        os._exit(1)
+        if not over.wait(GRACE):
+            if speaks:
+                say("interrupted", error=True)
+            os._exit(1)
 
     threading.Thread(target=watch, args=(theirs,), daemon=True).start()
+
+
+def finish_despite_interrupts() -> None:
+    """All work of this rank is done: Ctrl-C is only noted from here on, so that the ranks end alike; what takes longer than GRACE still ends then."""
+    signal.signal(signal.SIGINT, lambda *_: came.set())
+
+
+def by_interrupt(error: BaseException, lost: bool) -> bool:
+    """Whether this process ends because of Ctrl-C; `lost`: as another rank has ended, which may have had it a little earlier. Ctrl-C does nothing more after this."""
+    try:
+        interrupted = isinstance(error, KeyboardInterrupt) or (lost and came.wait(SOON))
+    except KeyboardInterrupt:
+        interrupted = True
+    end_of_work()
+    return interrupted
+
+
+def end_of_work() -> None:
+    """Ctrl-C does nothing more: without this, Python ends by the signal where it comes while the interpreter shuts down."""
+    over.set()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def in_a_sentence(error: BaseException, rank: int, step: int, doing: str) -> str:

@@ -13,6 +13,10 @@ class UsageError(Exception):
     """A mistake in options, files or surroundings; shown without a traceback; exit status 2 on every rank, 1 where the work had begun."""
 
 
+class NameTaken(UsageError):
+    """A file of this name, which was free when the work began, is there when it shall be written."""
+
+
 class SharedError(UsageError):
     """The same, of which every rank of the team knows already."""
 

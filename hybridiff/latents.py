@@ -14,41 +14,59 @@ from hybridiff.errors import UsageError
 from hybridiff.report import save_picture, write_whole
 
 
-def save_latents(latents: Tensor, path: Path, seed: int, settings: dict) -> None:
+def save_latents(latents: Tensor, path: Path, seed: int, settings: dict, overwrite: bool = True) -> None:
     """Write latents (1, C, h, w), as they leave the last step, with seed and settings as metadata. UsageError where that fails."""
     told = {"seed": str(seed), "settings": json.dumps(settings)}
     content = save({"latents": latents.cpu().contiguous()}, told)
-    write_whole(path, lambda temporary: temporary.write_bytes(content))
+    write_whole(path, lambda temporary: temporary.write_bytes(content), overwrite)
 
 
 def save_both(
-    image: Tensor, latents: Tensor, picture: Path, kept: Path | None, seed: int, settings: dict
-) -> None:
-    """Write the picture, and the latents where they are wanted. UsageError where that fails; of a picture that cannot be written the latents are kept."""
+    image: Tensor,
+    latents: Tensor,
+    picture: Path,
+    kept: Path | None,
+    seed: int,
+    settings: dict,
+    overwrite: bool = False,
+    **how,
+) -> Path:
+    """Write the picture, as save_picture does, and the latents where they are wanted; returns the picture's path.
+
+    UsageError where that fails; the latents are then kept somewhere, which the sentence tells.
+    """
+    told = seed, settings, overwrite
     try:
-        save_picture(image, picture, seed, settings)
+        picture = save_picture(image, picture, *told, **how)
     except UsageError as error:
-        raise UsageError(f"{error} {rescue(latents, kept, seed, settings)}") from None
+        where, said = rescue(latents, kept, *told)
+        advice = f" Make the picture with --decode {where} and an --out that can be written." if where else ""
+        raise UsageError(f"{error} {said}{advice}") from None
     if kept:
         try:
-            save_latents(latents, kept, seed, settings)
+            save_latents(latents, kept, *told)
         except UsageError as error:
-            raise UsageError(f"{error} The picture is in {picture}.") from None
+            raise UsageError(
+                f"{error} The picture is in {picture}. {rescue(latents, None, *told)[1]}"
+            ) from None
+    return picture
 
 
-def rescue(latents: Tensor, kept: Path | None, seed: int, settings: dict) -> str:
-    """Keep the latents where they were wanted, or else in the folder for temporary files; what came of it and what to do, as a sentence."""
-    for place in (kept, None):
+def rescue(
+    latents: Tensor, kept: Path | None, seed: int, settings: dict, overwrite: bool = False
+) -> tuple[Path | None, str]:
+    """Keep the latents where they were wanted, or else in the folder for temporary files; (where, None if they are lost; that in a sentence)."""
+    for place in (kept, None) if kept else (None,):
         try:
             path = (
                 place or Path(tempfile.gettempdir()) / f"hybridiff-{seed}-{secrets.token_hex(4)}.safetensors"
             )
-            save_latents(latents, path, seed, settings)
+            save_latents(latents, path, seed, settings, overwrite)
         except (UsageError, OSError) as error:  # OSError: there is no folder for temporary files
             lost = str(error)
         else:
-            return f"The latents are kept in {path}: make the picture with --decode {path} and an --out that can be written."
-    return f"The latents are lost too: {lost}"
+            return path, f"The latents are kept in {path}."
+    return None, f"The latents are lost too: {lost}"
 
 
 def read_latents(path: Path, channels: int) -> tuple[Tensor, int, dict]:

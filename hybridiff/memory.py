@@ -5,7 +5,6 @@ told too low rather than too high (weights, and the largest features), so that n
 are used in the dtype of the file, on the CPU, need no memory of their own.
 """
 
-import os
 import sys
 import threading
 import time
@@ -219,17 +218,22 @@ def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple
 
 
 def refuse_too_large(
-    checkpoint: Checkpoint, request: "Request", device: torch.device, world: int, team: int, kept: bool
+    checkpoint: Checkpoint,
+    request: "Request",
+    device: torch.device,
+    ranks: int,
+    team: int,
+    kept: bool,
+    sharing: int = 1,
 ) -> None:
     """UsageError, with the figures and what would help, where a phase plainly needs more memory than is free.
 
-    `team`: ranks that make a picture together. `kept`: more pictures follow, which all teams make, and for which the networks stay loaded.
+    `ranks`: on this machine; `sharing`: of these, on this rank's GPU. `team`: ranks that make a picture together. `kept`: more pictures follow, which all teams make, and for which the networks stay loaded.
     """
     cuda = device.type == "cuda"
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
     if not kept:
         ranks = min(ranks, team)
-    sharing = -(-ranks // max(1, torch.cuda.device_count())) if cuda else 1
+    sharing = min(sharing, ranks) if cuda else 1
     if (
         not checkpoint.part("denoiser").module.shardable
         and request.strategy != "one-branch"

@@ -2,23 +2,36 @@
 
 import argparse
 import difflib
+import os
+import re
 import secrets
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from hybridiff.batch import read_prompts
+from hybridiff.batch import is_comment, read_prompts, text_of_prompts
 from hybridiff.ending import shown
 from hybridiff.errors import UsageError
 from hybridiff.memory import refuse_too_large
 from hybridiff.pipeline import Request, plan_request
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
-from hybridiff.report import PICTURES, check_picture, check_writable, free_name, picture_format, settings_of
+from hybridiff.report import (
+    PICTURE,
+    PICTURES,
+    check_picture,
+    check_writable,
+    free_name,
+    picture_format,
+    read_text,
+    settings_of,
+    this_run,
+)
 from hybridiff.samplers import SAMPLERS, TRAINING_STEPS
 from hybridiff.strategies import STRATEGIES
-from hybridiff.transport import Transport, nccl_problem, place
+from hybridiff.transport import Transport, place
 from weights.describe import left_out, needs, where_to_get
 from weights.load import Checkpoint, open_checkpoint
 
@@ -48,6 +61,10 @@ class Parser(argparse.ArgumentParser):
     """Raises UsageError, so that rank 0 alone speaks."""
 
     def error(self, message: str):
+        lacks = re.fullmatch(r"argument (--[\w-]+): expected .*argument", message)
+        after = sys.argv[sys.argv.index(lacks[1]) + 1 :][:1] if lacks and lacks[1] in sys.argv else []
+        if after and after[0].startswith("-") and after[0].split("=")[0] not in self._option_string_actions:
+            message = f'{message} (one that begins with "-" is written with "=": {lacks[1]}="{after[0]}")'
         raise UsageError(f"{shown(message)}; see --help.")
 
     def parse_args(self) -> argparse.Namespace:
@@ -225,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--out",
         type=Path,
-        help="where the picture goes, as PNG, JPEG or WebP by its name (default: picture.png, or the next free number); for several pictures a folder (default: pictures)",
+        help="where the picture goes, as PNG, JPEG or WebP by its name (default: picture.png, or, without --overwrite, the next free number); for several pictures a folder (default: pictures)",
     )
     add("--overwrite", action="store_true", help="let --out, --report and --save-latents replace files")
     add("--save-latents", type=Path, metavar="FILE", help="also keep the latents, for --decode")
@@ -389,7 +406,7 @@ def that_can_be_made(
 
 
 def check_several(args: argparse.Namespace) -> None:
-    """UsageError in what cannot be had with several pictures, and where the folder is in use."""
+    """UsageError in what cannot be had with several pictures, and where their folder cannot be made."""
     for name in ("report", "save_latents", "compare_serial", "explain", "decode", "balance"):
         if getattr(args, name):
             raise UsageError(
@@ -404,22 +421,50 @@ def check_several(args: argparse.Namespace) -> None:
         )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        probe_names = [*args.out.glob("*.png"), *args.out.glob("manifest.jsonl")]
     except OSError as error:
         raise UsageError(
             f"--out {args.out} cannot be made a folder ({error.strerror}); several pictures go into one."
         ) from None
     check_writable(args.out / "manifest.jsonl", overwrite=True)
-    if probe_names and not (args.resume or args.overwrite):
-        raise UsageError(
-            f"--out {args.out} holds pictures already: give --resume to go on with them, --overwrite, or another folder."
-        )
+
+
+def finished_before(args: argparse.Namespace) -> Path | None:
+    """The picture, if an attempt of this run that torchrun has restarted since made it. UsageError where more than the picture is wanted and lacks."""
+    run = this_run()
+    candidates = [args.out] if args.out else sorted(Path().glob(f"{PICTURE.stem}*{PICTURE.suffix}"))
+    found = next((path for path in candidates if run and read_text(path).get("run") == run), None)
+    if found is None:
+        return None
+    reports = [args.report / name for name in ("report.json", "report.html")] if args.report else []
+    for path in filter(None, (args.save_latents, *reports)):  # written after the picture
+        if not path.exists() or path.stat().st_mtime < found.stat().st_mtime:
+            seed = read_text(found)["seed"]
+            raise UsageError(
+                f"{found} was made before this run was restarted, but not {path}: make both with --seed {seed} --out {found} --overwrite."
+            )
+    return found
+
+
+def started_without_torchrun() -> str | None:
+    """What to do where another launcher has started several tasks, which would each make the whole picture; None where it is not so."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = os.environ.get(name, "")
+        if tasks.isdecimal() and int(tasks) > 1 and "RANK" not in os.environ:
+            return (
+                f"{tasks} tasks are started here ({name}), but not as ranks, so that each would make the whole picture: start one task a"
+                f" machine, and in it torchrun --nproc_per_node={tasks} train_free_sample.py (with --nnodes on several machines)."
+            )
+    return None
 
 
 def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Request | None, torch.device]:
     """Everything that can be refused is refused here, before any long work. No request where only --check is asked for."""
-    args = parse_arguments()
-    device = choose_device(args.device)
+    device = None
+    try:
+        args = parse_arguments()
+        device = choose_device(args.device)
+    finally:
+        transport.locate(device)  # also where the options are refused: the other ranks wait for it
     checkpoint = open_checkpoint(args.weights, args.text_encoders, args.t5_tokenizer)
     if args.no_t5:
         checkpoint.leave_out("t5")
@@ -430,38 +475,37 @@ def prepare(transport: Transport) -> tuple[argparse.Namespace, Checkpoint, Reque
             f"--{others[0].replace('_', '-')} has no effect with --decode, which only decodes a picture: leave one of them out."
         )
     sends = not args.explain and not args.decode
-    if (
-        sends
-        and args.transport == "nccl"
-        and (
-            problem := "there is one process, which sends nothing"
-            if transport.world == 1
-            else nccl_problem(device)
-        )
-    ):
-        raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
     for part in left_out(checkpoint) if not args.no_t5 else ():
         why = where_to_get(checkpoint, part).rstrip(".")
         checkpoint.remarks = [*checkpoint.remarks, f"The picture is made without {part.upper()} ({why})."]
     if lacking := needs(checkpoint) if not args.decode else []:
         raise UsageError(" ".join(lacking))
+    text = text_of_prompts(args.prompts, transport.world) if args.prompts else ""
     args.told = [{"prompt": prompt} for prompt in args.prompt or ()] + (
-        read_prompts(args.prompts) if args.prompts else []
+        read_prompts(args.prompts, text) if args.prompts else []
     )
+    args.comments = sum(map(is_comment, text.split("\n")))
     args.several = args.prompts is not None or len(args.told) > 1 or args.images_per_prompt != 1
     args.told = args.told or [{"prompt": checkpoint.defaults.get("prompt", "")}]
     requests = that_can_be_made(args, checkpoint, device, transport.world)
+    if sends and args.transport == "nccl" and (problem := transport.nccl_problem(args.team_size)):
+        raise UsageError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
     request, largest = requests[0], max(requests, key=lambda request: request.height * request.width)
-    if not args.explain and not args.decode:
-        refuse_too_large(checkpoint, largest, device, transport.world, args.team_size, kept=args.several)
+    if sends:
+        ranks, sharing = transport.neighbours()
+        refuse_too_large(checkpoint, largest, device, ranks, args.team_size, args.several, sharing)
     if args.resume and not args.several:
         raise UsageError(
             "--resume goes on with several pictures, and one is asked for: leave it out, or ask for more."
         )
+    args.found, args.numbered = None, args.out is None and not args.overwrite
     if args.several:
         check_several(args)
     elif transport.rank == 0 and not args.explain:
-        args.out = args.out or free_name(Path("picture.png"))
+        args.found = finished_before(args)
+        if args.found:
+            return args, checkpoint, request, device
+        args.out = args.out or (PICTURE if args.overwrite else free_name(PICTURE))
         if args.save_latents and args.save_latents.resolve() == args.out.resolve():
             raise UsageError(
                 f"--save-latents and --out are the same file, {shown(str(args.out))}: give each its own."

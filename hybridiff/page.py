@@ -389,9 +389,10 @@ def make_page(report: dict, request: Request, result: Result, serial: Tensor | N
     )
 
 
-def save_page(page: str, folder: Path) -> None:
+def save_page(page: str, folder: Path, overwrite: bool = True) -> None:
     """Write folder/report.html."""
     write_whole(
         folder / "report.html",
         lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace"),
+        overwrite,
     )

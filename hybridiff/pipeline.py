@@ -102,7 +102,10 @@ def plan_request(checkpoint: Checkpoint, request: Request, world: int | None) ->
             f"--strategy {request.strategy} runs on {possible}, not on {world}: set --nproc_per_node so."
         )
     else:
-        strategy = strategy.on(denoiser)
+        try:
+            strategy = strategy.on(denoiser)
+        except ValueError as error:
+            raise UsageError(f"--strategy {request.strategy} does not fit this network: {error}.") from None
     if request.balance and request.strategy == "one-branch":
         raise UsageError(
             f"--balance has nothing to balance where guidance {request.guidance:g} is none: leave it out, or give more --guidance."
@@ -196,7 +199,7 @@ def decode(
     if transport:
         rows = min(tile[0], -(-height // transport.world) + OVERLAP)
         image = decode_tiled(
-            vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather
+            vae, raw, (rows, tile[1]), OVERLAP, transport.rank, transport.world, transport.gather_tensor
         )[0]
     else:
         image = (vae.decode(raw) if tile == (height, width) else decode_tiled(vae, raw, tile, OVERLAP))[0]
@@ -315,7 +318,9 @@ def generate(
         on_step(record)
     bytes_sent = transport.finish()
     bars = [
-        bar for told in transport.gather([bar for record in records for bar in record.bars]) for bar in told
+        Bar(*bar)
+        for told in transport.gather([bar for record in records for bar in record.bars])
+        for bar in told
     ]
     del task, denoiser
     problem = None

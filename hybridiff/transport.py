@@ -1,4 +1,4 @@
-"""The only file that calls torch.distributed: how ranks find each other, and how values travel between them.
+"""How values and words travel between ranks; with process_group.py the only file that calls torch.distributed.
 
 `Mailbox` plays all ranks in one process; `Ranks` is the real thing under torchrun. Both count the bytes that they carry, by kind.
 Ranks that make one picture together are a team, and count from 0 within it; all ranks are one team until `divide` makes several.
@@ -8,44 +8,62 @@ message; each then carries a label with its step, name, shapes and dtypes, which
 """
 
 import itertools
+import json
 import os
-import pickle
-import socket
 import sys
 import threading
 import time
 from collections import Counter, deque
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
-from typing import Iterator, Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridiff.ending import say
+from hybridiff.ending import finish_despite_interrupts, say
 from hybridiff.errors import SharedError, UsageError
+from hybridiff.process_group import AtMost, Place, cause, meet, no_meeting, no_nccl, this_place
 from hybridiff.schedule import Name
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
 LABEL = 512  # bytes of a label
+LONGEST = 2**26  # bytes of a word
 Shapes = Sequence[tuple[torch.Size, torch.dtype]]
 
 
 def trace(text: str) -> None:
-    """One line on stderr if HYBRIDIFF_TRACE=1."""
-    if TRACE:
-        print(text, file=sys.stderr, flush=True)
+    """One line on stderr, for HYBRIDIFF_TRACE=1."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class PeerLost(Exception):
-    """Another rank has ended, or was silent for longer than the timeout. The message names it, the step and what was awaited."""
+    """A wait for another rank has failed: it has ended, was silent for longer than the timeout, or what the message says. It names the step and what was awaited."""
 
 
 def label(step: int, name: Name, shapes: Shapes) -> Tensor:
     """What a message must be, as bytes: uint8 [LABEL]."""
     text = f"step {step}: {name} {[(tuple(shape), str(dtype)) for shape, dtype in shapes]}"
     return torch.frombuffer(bytearray(text.encode().ljust(LABEL)), dtype=torch.uint8)
+
+
+def encode(word: object) -> Tensor:
+    """A word as JSON in bytes: uint8 [length]. UsageError where it is too long, TypeError where it is not None, a bool, number or str, or a list, tuple or dict with str keys of these."""
+    text = json.dumps(word).encode()  # ASCII; lone surrogates become escapes, tuples lists
+    if len(text) > LONGEST:
+        raise UsageError(
+            f"{len(text):,} bytes are too much for one word between ranks ({LONGEST:,} are the most): ask for fewer pictures in a run."
+        )
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def decode(text: Tensor) -> object:
+    """The word of `encode`: tuples have become lists. ValueError where it is none."""
+    try:
+        return json.loads(text.numpy().tobytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 class Transport:
@@ -60,13 +78,14 @@ class Transport:
     )
 
     def __init__(self) -> None:
-        self.sent: Counter[str] = Counter()  # bytes by kind of value, sent by the ranks of this process
+        self.sent: Counter[str] = Counter()  # bytes by kind of result, sent by the ranks of this process
 
     def count(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
         """Add a message to the count."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.sent[name.what] += size
-        trace(f"step {self.step}: rank {sender} -> rank {to}: {name}, {size} bytes")
+        if TRACE:
+            trace(f"step {self.step}: rank {sender} -> rank {to}: {name}, {size} bytes")
 
     def forget(self) -> None:
         """A picture has broken off: drop the messages that nobody will take."""
@@ -114,9 +133,24 @@ class Mailbox(Transport):
     def divide(self, size: int) -> None:
         """One process is one team, of whatever size."""
 
+    def locate(self, device: torch.device | None) -> None:
+        """There is one place."""
+
+    def neighbours(self) -> tuple[int, int]:
+        """Ranks on this machine, and on this rank's GPU."""
+        return 1, 1
+
+    def nccl_problem(self, size: int) -> str | None:
+        """Why there is no NCCL."""
+        return "there is one process, which sends nothing"
+
     def gather(self, word: object) -> list:
-        """The words of all processes: of this one."""
-        return [word]
+        """The words of all processes: of this one, as they are after the way between ranks."""
+        return [decode(encode(word))]
+
+    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes."""
+        return [tensor]
 
     def add(self, name: str, amount: int = 1) -> int:
         """Add to a counter, which begins at 0; its value afterwards."""
@@ -135,6 +169,24 @@ class Mailbox(Transport):
         return sent
 
 
+class Wait(AtMost):
+    """A wait of `ranks` for others."""
+
+    def __init__(self, ranks: "Ranks", what: str):
+        super().__init__(ranks.timeout.total_seconds() + 3, self.late)
+        self.ranks, self.what = ranks, what
+
+    def late(self) -> None:
+        self.ranks.end(self.what)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        super().__exit__()
+        if isinstance(error, (RuntimeError, ValueError)):  # gloo's and NCCL's errors are RuntimeErrors
+            ranks = self.ranks
+            who = f"rank {ranks.members[ranks.rank]} waited for {self.what}{ranks.where()}"
+            raise PeerLost(f"{who}, but {cause(error, ranks.timeout)}.") from error
+
+
 class Ranks(Transport):
     """This process is one rank among several: gloo on CPU, NCCL where each rank has a GPU of its own.
 
@@ -148,13 +200,10 @@ class Ranks(Transport):
             tuple(range(world)),
             [tuple(range(world))],
         )  # the ranks of this rank's team, and of all
+        self.places: list[Place] = []  # of the ranks of this rank's team, see `locate`
         try:
             with self.waiting("all ranks to start"):
-                store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
-                self.counters = dist.PrefixStore("hybridiff counters", store)
-                dist.init_process_group(
-                    "gloo", store=store, rank=rank, world_size=world, timeout=timeout
-                )  # for words between the ranks
+                self.counters = meet(rank, world, timeout, restarts())
         except PeerLost as lost:
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
@@ -164,33 +213,16 @@ class Ranks(Transport):
             deque()
         )  # sends, with their step, keep their tensors alive until they are done
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str) -> "Wait":
         """PeerLost, in words, where torch.distributed gives up; where it does not, this process ends a little later."""
-        try:
-            with self.at_most(what):
-                yield
-        except (RuntimeError, ValueError) as error:  # gloo's and NCCL's errors are RuntimeErrors
-            silent = "imed out" in str(error) or "imeout" in str(error)
-            seconds = f"{self.timeout.total_seconds():g}"
-            why = f"nothing came for {seconds} seconds (--timeout)" if silent else "the other side has ended"
-            raise PeerLost(
-                f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {why}."
-            ) from error
+        return Wait(self, what)
 
-    @contextmanager
-    def at_most(self, what: str) -> Iterator[None]:
-        """The end of this process where what is within takes longer than the timeout."""
-        late = threading.Timer(self.timeout.total_seconds() + 3, self.end, [what])
-        late.daemon = True
-        late.start()
-        try:
-            yield
-        finally:
-            late.cancel()
+    def at_most(self, what: str) -> AtMost:
+        """The end of this process where what is within takes longer than the timeout and 3 seconds."""
+        return AtMost(self.timeout.total_seconds() + 3, lambda: self.end(what))
 
     def end(self, what: str) -> None:
-        """The last resort, in a thread of its own: some waits of torch.distributed know no timeout, such as for a stopped rank 0 at the start."""
+        """The last resort, in a thread of its own."""
         seconds = f"{self.timeout.total_seconds():g}"
         say(
             f"rank {self.members[self.rank]} waited for {what}{self.where()}, but nothing came for {seconds} seconds (--timeout).",
@@ -198,16 +230,36 @@ class Ranks(Transport):
         )
         os._exit(1)
 
+    def locate(self, device: torch.device | None) -> None:
+        """Gather where each rank of the team is, given this one's device; None where it has none, as its options are refused."""
+        self.places = [Place(*told) for told in self.gather(this_place(device))]
+
+    def neighbours(self) -> tuple[int, int]:
+        """Ranks on this machine, and of these on this rank's GPU (all where it has none), itself among them; after `locate`."""
+        own = self.places[self.rank]
+        here = [place for place in self.places if place.machine == own.machine]
+        return len(here), sum(place.gpu == own.gpu for place in here)
+
+    def nccl_problem(self, size: int) -> str | None:
+        """Why NCCL cannot carry the values of some team where teams have `size` ranks, None where it can; after `locate`."""
+        each = [
+            [self.places[rank] for rank in members]
+            for members in teams([place.node for place in self.places], size)
+        ]
+        return next(filter(None, map(no_nccl, each)), None)
+
     def divide(self, size: int) -> None:
         """Make teams of `size` ranks, within a machine where possible; every rank must call it, before any lane is opened."""
         if size == self.world:
             return
-        self.all_teams = teams(self.gather(os.environ.get("GROUP_RANK", "0")), size)
+        nodes = [place.node for place in self.places] or self.gather(os.environ.get("GROUP_RANK", "0"))
+        self.all_teams = teams(nodes, size)
         with self.waiting("the other ranks to form teams"):
             self.everybody = dist.new_group(timeout=timedelta(days=30), backend="gloo")
         self.team = next(number for number, members in enumerate(self.all_teams) if self.rank in members)
         self.teams, self.members = len(self.all_teams), self.all_teams[self.team]
         self.rank, self.world = self.members.index(self.rank), size
+        self.places = [self.places[member] for member in self.members] if self.places else []
 
     def where(self) -> str:
         """The step or the phase, in words."""
@@ -215,10 +267,9 @@ class Ranks(Transport):
 
     def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
         """Make the lanes for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank of a team must call it. UsageError where NCCL cannot be had."""
-        told = self.gather((nccl_problem(device), f"{socket.gethostname()} {device}"))
-        problem = next((problem for problem, _ in told if problem), None)
-        if problem is None and len({where for _, where in told}) < len(told):
-            problem = "several ranks are on one GPU, and NCCL needs one each"
+        if not self.places:
+            self.locate(device)
+        problem = no_nccl(self.places)
         if wish == "nccl" and problem:
             raise SharedError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
         self.backend = "gloo" if problem or wish == "gloo" else "nccl"
@@ -275,9 +326,9 @@ class Ranks(Transport):
         def watch(rank: int) -> None:
             try:
                 dist.recv(torch.zeros(1), rank, group=self.farewells)
-            except RuntimeError:
+            except RuntimeError as error:
                 say(
-                    f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: the other side has ended.",
+                    f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: {cause(error, self.timeout)}.",
                     error=True,
                 )
                 os._exit(1)
@@ -308,7 +359,8 @@ class Ranks(Transport):
                     watch.join(self.timeout.total_seconds())
 
     def leave(self) -> None:
-        """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all."""
+        """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all. Ctrl-C has no effect from here on."""
+        finish_despite_interrupts()
         self.gather("done")
         if self.teams > 1:
             with self.waiting("the other teams to leave"):
@@ -358,7 +410,8 @@ class Ranks(Transport):
         for tensor in tensors:
             with self.waiting(f"{name} from rank {self.members[sender]}"):
                 dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
-        trace(f"step {self.step}: rank {to} <- rank {sender}: {name}")
+        if TRACE:
+            trace(f"step {self.step}: rank {to} <- rank {sender}: {name}")
         return tuple(tensor.to(self.device) for tensor in tensors)
 
     def settle(self) -> None:
@@ -379,29 +432,58 @@ class Ranks(Transport):
         return total
 
     def gather(self, word: object) -> list:
-        """Every rank's small object, on every rank of the team."""
-        told = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8)
-        words, sends = [word] * self.world, []
+        """Every rank's word (see `encode`) on every rank of the team, as `decode` gives it, this rank's own too."""
+        text = encode(word)
+        told = self.swap([torch.tensor([len(text)]), text], self.receive_word)
+        return [decode(text) if theirs is None else theirs[0] for theirs in told]
+
+    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, on the CPU and of one shape and dtype, on every rank of the team."""
+        kinds = self.gather([list(tensor.shape), str(tensor.dtype)])
+        if other := next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None):
+            raise PeerLost(
+                f"rank {self.members[0]} has {kinds[0]} to share, and rank {self.members[other]} {kinds[other]}."
+            )
+
+        def receive(rank: int) -> Tensor:
+            theirs = torch.empty_like(tensor)
+            dist.recv(theirs, self.members[rank])
+            return theirs
+
+        tensor = tensor.contiguous()
+        return [tensor if theirs is None else theirs for theirs in self.swap([tensor], receive)]
+
+    def receive_word(self, rank: int) -> list:
+        """The word that a rank sends, in a list. PeerLost where it is too long or none."""
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, self.members[rank])
+        who = f"rank {self.members[self.rank]} got a word from rank {self.members[rank]}{self.where()} that"
+        if not 0 < int(size) <= LONGEST:
+            raise PeerLost(f"{who} is {int(size):,} bytes long, which no rank sends.")
+        text = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(text, self.members[rank])
+        try:
+            return [decode(text)]
+        except ValueError as error:
+            raise PeerLost(f"{who} is no JSON ({error}).") from error
+
+    def swap(self, tensors: Sequence[Tensor], receive: Callable[[int], object]) -> list:
+        """Send tensors to all other ranks of the team; what `receive` makes of each rank's, None for this rank."""
+        sends, received = [], [None] * self.world
         others = [
             rank for rank in range(self.world) if rank != self.rank
         ]  # one by one, so that it is known whose word does not come
         for rank in others:
             with self.waiting(f"rank {self.members[rank]} to take a word"):
-                sends.append(
-                    [dist.isend(tensor, self.members[rank]) for tensor in (torch.tensor([len(told)]), told)]
-                )
+                sends.append([dist.isend(tensor, self.members[rank]) for tensor in tensors])
         for rank in others:
-            size = torch.zeros(1, dtype=torch.int64)
             with self.waiting(f"a word from rank {self.members[rank]}"):
-                dist.recv(size, self.members[rank])
-                theirs = torch.empty(int(size), dtype=torch.uint8)
-                dist.recv(theirs, self.members[rank])
-            words[rank] = pickle.loads(theirs.numpy().tobytes())
+                received[rank] = receive(rank)
         for rank, works in zip(others, sends):
             with self.waiting(f"rank {self.members[rank]} to take a word"):
                 for work in works:
                     work.wait()
-        return words
+        return received
 
     def add(self, name: str, amount: int = 1) -> int:
         """Add to a counter that all teams share, which begins at 0; its value afterwards."""
@@ -438,28 +520,6 @@ def teams(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
     return sorted(formed)
 
 
-def no_meeting(error: BaseException) -> str | None:
-    """What is wrong with the place where the ranks shall meet, as far as torch.distributed's error tells; None where a rank is missing or has ended."""
-    told, address = str(error), ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if "EADDRINUSE" in told or "in use" in told:
-        return f"{address} is taken; give torchrun another --master_port, or --standalone."
-    if "gai error" in told or "resolve" in told or "EADDRNOTAVAIL" in told:
-        return f"there is no machine {address}; see --master_addr of torchrun."
-    if isinstance(error, ValueError):
-        return f"{address} is no place to meet (MASTER_ADDR, MASTER_PORT); start them by torchrun."
-    return None
-
-
-def nccl_problem(device: torch.device) -> str | None:
-    """Why NCCL cannot carry this rank's values, None where it can."""
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", place()[1])), torch.cuda.device_count()
-    if device.type != "cuda":
-        return f"the values lie on the {device.type}, and NCCL carries those of CUDA devices only"
-    if not dist.is_nccl_available():
-        return "this build of torch has no NCCL"
-    return f"{here} ranks share {gpus} GPU(s) here, and NCCL needs one each" if here > gpus else None
-
-
 def place() -> tuple[int, int, int]:
     """(rank, ranks, local rank) from torchrun's environment; (0, 1, 0) without it."""
     told = [
@@ -473,6 +533,12 @@ def place() -> tuple[int, int, int]:
             )
         )
     return tuple(map(int, told))
+
+
+def restarts() -> int:
+    """The number of this attempt: how often torchrun (--max-restarts) has started the ranks anew; 0 at first, and without torchrun."""
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(number) if number.isdecimal() else 0
 
 
 def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 
 import train_free_sample
 from weights.describe import needs
-from weights.load import WeightsError, open_checkpoint
+from weights.load import open_checkpoint
 
 END = WORDS - 1  # id of <|endoftext|>, the last of the demo's vocabulary
 NEW = [  # textual inversion and pivotal tuning, with every flag once

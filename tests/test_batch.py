@@ -1,10 +1,13 @@
 """Several pictures in one run: what is asked for, who makes it, that each equals the one made alone, and that a cut run goes on."""
 
 import json
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from hybridiff.batch import make_jobs, read_prompts
 from hybridiff.errors import UsageError
 from hybridiff.schedule import GUIDED
 from hybridiff.transport import teams
+from weights.load import open_checkpoint
 
 LINES = """a large red circle on a blue background
 {"prompt": "a small green star on a white background", "seed": 5, "guidance": 3, "negative_prompt": "red"}
@@ -58,6 +62,8 @@ def test_jobs_from_lines(tmp_path):
         '{"prompt": "a", "steps": 3}',
         '{"prompt": "a", "seed": true}',
         '{"prompt": "a", "height": "9"}',
+        '{"prompt": "a", "height": 128.5}',
+        '{"prompt": "a", "seed": 1e400}',
         "{oops",
         "",
         '{"prompt": "a", "guidance": 1' + "0" * 400 + "}",
@@ -67,6 +73,58 @@ def test_bad_lines_are_named(line, tmp_path):
     (tmp_path / "prompts").write_text(f"{'a star' if line else ''}\n{line}\n")
     with pytest.raises(UsageError, match="line 2 of" if line else "no prompt in it"):
         read_prompts(tmp_path / "prompts")
+
+
+def test_whole_numbers_comments_and_arrays(tmp_path, monkeypatch, capsys):
+    """128.0 is 128; lines that begin with "# " are comments, which is said; a file may be one JSON array."""
+    lines = tmp_path / "lines"
+    lines.write_text(
+        '# mine\n{"prompt": "a", "height": 128.0, "seed": 3.0}\n #\n#3 on a shirt\n[red:0.5] star\n'
+    )
+    told = read_prompts(lines)
+    assert told == [
+        {"prompt": "a", "height": 128, "seed": 3},
+        {"prompt": "#3 on a shirt"},
+        {"prompt": "[red:0.5] star"},
+    ]
+    assert type(told[0]["height"]) is int and type(told[0]["seed"]) is int
+    lines.write_text("[neon sign] at night\nb")
+    assert read_prompts(lines) == [{"prompt": "[neon sign] at night"}, {"prompt": "b"}]
+    (tmp_path / "array").write_text('\ufeff\n[\n  "a star",\n  {"prompt": "a\\nring", "width": 96.0}\n]\n')
+    assert read_prompts(tmp_path / "array") == [{"prompt": "a star"}, {"prompt": "a\nring", "width": 96}]
+    for text, words in (
+        ('["a", 3]', "entry 2 of"),
+        ('["a", {"prompt": 3}]', "entry 2 of .*prompt must be a text"),
+        ('[{"prompt": "a"}', "begins like a JSON array"),
+        ("[]", "no prompt in it"),
+        ("# only\n#\n", "no prompt in it"),
+    ):
+        (tmp_path / "array").write_text(text)
+        with pytest.raises(UsageError, match=words):
+            read_prompts(tmp_path / "array")
+    lines.write_text("# one\na star\n#\n")
+    options = ("--prompts", str(lines), "--steps", "1", "--out", str(tmp_path / "all"))
+    assert call(monkeypatch, *options) == 0
+    assert "2 line(s) of" in (said := capsys.readouterr().out) and "are comments" in said
+    assert [line["prompt"] for line in manifest(tmp_path / "all")] == ["a star"]
+
+
+def test_prompts_from_a_pipe(tmp_path):
+    """One process reads it; several ranks cannot, and say so."""
+    command = "printf 'a star\\na ring\\n' | {} --prompts /dev/stdin --steps 1 --seed 1 --out all"
+    alone = command.format(f"'{sys.executable}' '{SCRIPT}'")
+    assert subprocess.run(["bash", "-c", alone], cwd=tmp_path, capture_output=True).returncode == 0
+    assert [line["prompt"] for line in manifest(tmp_path / "all")] == ["a star", "a ring"]
+    launch = f"'{sys.executable}' -m torch.distributed.run --standalone --nproc_per_node=2 '{SCRIPT}'"
+    ran = subprocess.run(
+        ["bash", "-c", command.format(launch).replace("all", "two")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    said = [line for line in ran.stderr.splitlines() if line.startswith("train_free_sample.py: ")]
+    assert ran.returncode != 0 and len(said) == 1 and "is a pipe" in said[0] and "in a file" in said[0]
+    assert not list(tmp_path.glob("two/*"))
 
 
 def test_teams_stay_within_a_machine():
@@ -139,7 +197,7 @@ def test_a_killed_batch_goes_on(tmp_path, monkeypatch, capsys):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]) + '{"number": 1, "fi')  # torn
     assert call(monkeypatch, *options) == 2 and "--resume" in capsys.readouterr().err
     assert (
-        call(monkeypatch, *options, "--steps", "5", "--resume") == 1
+        call(monkeypatch, *options, "--steps", "5", "--resume") == 2
         and "other prompts or options" in capsys.readouterr().err
     )
     assert call(monkeypatch, *options, "--resume") == 0
@@ -217,10 +275,112 @@ def test_a_lines_seed_is_its_own(tmp_path, monkeypatch):
 
 def test_pictures_of_no_batch_stay(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "0002.png")
-    assert call(monkeypatch, "--prompt", "a", "--prompt", "b", "--resume", "--out", str(tmp_path)) == 1
+    assert call(monkeypatch, "--prompt", "a", "--prompt", "b", "--resume", "--out", str(tmp_path)) == 2
     assert "another picture than this run would make" in capsys.readouterr().err and [
         path.name for path in tmp_path.iterdir()
     ] == ["0002.png"]
+
+
+def test_odd_manifests_and_pictures(tmp_path, monkeypatch, capsys):
+    """Lines that are no objects of ours are left out; a manifest that is none, and a picture beyond Pillow's limit, are refused before any work."""
+    options = ("--prompt", "a", "--prompt", "b", "--steps", "1", "--seed", "1", "--out", str(tmp_path))
+    assert call(monkeypatch, *options) == 0
+    path = tmp_path / "manifest.jsonl"
+    whole, picture = path.read_text(), (tmp_path / "0002.png").read_bytes()
+    head, *lines = whole.splitlines()
+    junk = ["123", "null", "[1]", '"x"', "[" * 99999, '{"number": [1]}', '{"number": null}', "{}", "9" * 9999]
+    path.write_text("\n".join([head, *junk, *lines]) + "\n")
+    (tmp_path / "0002.png").unlink()
+    assert call(monkeypatch, *options, "--resume") == 0
+    assert "1 pictures made, 0 failed, 1 found" in capsys.readouterr().out
+    assert sorted(line["number"] for line in manifest(tmp_path)) == [0, 1]
+    odd = json.loads(head)
+    for first in (
+        "123",
+        "null",
+        "[1]",
+        "{}",
+        json.dumps(odd | {"seed": "x"}),
+        json.dumps(odd | {"batch": []}),
+    ):
+        path.write_text(first + "\n")
+        assert call(monkeypatch, *options, "--resume") == 2
+        assert "is no manifest" in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    path.write_text(whole)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    first = picture[:12] + header + struct.pack(">I", zlib.crc32(header))
+    bare, bomb = first + picture[-12:], first + picture[33:]
+    for data in (bare, b"", picture[:-20], picture[:200]):  # without text, empty, torn
+        (tmp_path / "0002.png").write_bytes(data)
+        assert call(monkeypatch, *options, "--resume") == 2
+        assert "0002.png is another picture" in (said := capsys.readouterr().err), said
+        assert len(said.splitlines()) == 1 and (tmp_path / "0002.png").read_bytes() == data
+    assert call(monkeypatch, *options, "--resume", "--overwrite") == 0
+    assert (tmp_path / "0002.png").read_bytes() == picture
+    (tmp_path / "0002.png").write_bytes(bomb)  # as large, but with this batch's text
+    assert call(monkeypatch, *options, "--resume") == 0
+    assert "0 pictures made, 0 failed, 2 found" in capsys.readouterr().out
+
+
+def test_other_weights_of_the_same_name(tmp_path, monkeypatch, capsys):
+    """--resume refuses them, also where only a text encoder is another; a manifest of before, without a digest, is taken with a remark."""
+    states = random_states("sdxl", torch.float32)
+    weights = tmp_path / "m.safetensors"
+    write_single(weights, "sdxl", states)
+    options = ("--weights", str(weights), "--steps", "1", "--seed", "1", "--height", "64", "--width", "64")
+    options += ("--prompt", "a", "--prompt", "b", "--out", str(tmp_path / "all"))
+    assert call(monkeypatch, *options) == 0
+    (tmp_path / "all" / "0002.png").unlink()
+    before = weights.read_bytes()
+    for part in ("denoiser", "clip_g"):
+        changed = states | {part: {name: tensor + 1 for name, tensor in states[part].items()}}
+        write_single(weights, "sdxl", changed)
+        assert call(monkeypatch, *options, "--resume") == 2
+        assert "other weights" in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    assert not (tmp_path / "all" / "0002.png").exists()
+    weights.write_bytes(before)
+    path = tmp_path / "all" / "manifest.jsonl"
+    head, *lines = path.read_text().splitlines()
+    old = {name: value for name, value in json.loads(head).items() if name not in ("weights", "run")}
+    path.write_text("\n".join([json.dumps(old), *lines]) + "\n")
+    assert call(monkeypatch, *options, "--resume") == 0
+    assert "taken to be of these" in capsys.readouterr().out
+    assert json.loads(path.read_text().splitlines()[0])["weights"] == json.loads(head)["weights"]
+    assert call(monkeypatch, *options, "--resume") == 0 and "taken to be" not in capsys.readouterr().out
+
+
+def test_tokenizers_count_in_the_digest(tmp_path):
+    """Files beside a checkpoint from which its tokenizers are read."""
+    demo = SCRIPT.parent / "weights" / "demo"
+    for name in ("demo-sd3.safetensors", "vocab.json", "merges.txt", "spiece.model"):
+        (tmp_path / name).write_bytes((demo / name).read_bytes())
+    weights = str(tmp_path / "demo-sd3.safetensors")
+    digests = [open_checkpoint(weights).digest()]
+    assert digests == [open_checkpoint("demo-sd3").digest()]
+    for name in ("vocab.json", "merges.txt", "spiece.model"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(b"\n")
+        digests.append(open_checkpoint(weights).digest())
+    assert len({*digests}) == 4
+
+
+def test_a_folder_that_vanishes(tmp_path, monkeypatch, capsys):
+    """In the middle of a batch: the run ends, what is lost is said, the latents are kept."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made, out = train_free_sample.generate, tmp_path / "all"
+
+    def generate(*args):
+        shutil.rmtree(out)
+        return made(*args)
+
+    monkeypatch.setattr(train_free_sample, "generate", generate)
+    assert (
+        call(monkeypatch, "--prompt", "a", "--prompt", "b", "--steps", "1", "--seed", "7", "--out", str(out))
+        == 1
+    )
+    said = capsys.readouterr()
+    (kept,) = tmp_path.glob("hybridiff-7-*.safetensors")
+    assert str(kept) in said.out and "manifest.jsonl could not be written" in said.err and not out.exists()
 
 
 def test_a_team_without_a_picture_waits_for_the_others(tmp_path):

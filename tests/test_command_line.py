@@ -316,6 +316,39 @@ def test_a_lone_surrogate_is_refused_in_a_prompt(tmp_path, monkeypatch, capsys):
     assert Image.open("p.png").text["prompt"] == "grün"
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--negative-prompt", "--save-latents"])
+def test_a_value_that_begins_with_a_minus(option, tmp_path, monkeypatch, capsys):
+    """How to write it is said; so it is understood."""
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "--steps", "1", option, "-blurry") == 2
+    assert f'{option}="-blurry"' in capsys.readouterr().err
+    assert call(monkeypatch, option, "--steps", "1") == 2  # the value is lacking
+    assert "expected one argument; see" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    if option != "--save-latents":
+        assert call(monkeypatch, "--steps", "1", f"{option}=-blurry") == 0
+        told = json.loads(Image.open("picture.png").text["settings"])
+        assert told[option[2:].replace("-", "_")] == "-blurry"
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_of_another_launcher(name, tmp_path, monkeypatch, capsys):
+    """Each would make the whole picture: refused with torchrun's line, which one task says; a single task is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "2")
+    assert call(monkeypatch, "--steps", "1") == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "torchrun --nproc_per_node=2" in said.err and said.out == ""
+    rank = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+    monkeypatch.setenv(rank.get(name, "PMI_RANK"), "1")
+    assert call(monkeypatch, "--steps", "1") == 2 and capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(name, "1")
+    assert call(monkeypatch, "--check") == 0
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("RANK", "0")  # torchrun in a task
+    assert call(monkeypatch, "--check") == 0
+
+
 def test_without_guidance_one_branch_is_run(tmp_path, monkeypatch, capsys):
     """`equal` pixels on one process and on two ranks, whatever the preset; the log says why."""
     options = ["--guidance", "0.5", "--steps", "3", "--seed", "1", "--out"]

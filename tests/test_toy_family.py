@@ -51,8 +51,22 @@ def toy(*options: object, ranks: int = 1) -> subprocess.CompletedProcess:
 
 def latents(folder: Path, weights: Path, *options: object, ranks: int = 1) -> torch.Tensor:
     """The last latents of a picture."""
-    file, picture = folder / f"{ranks}-{len(list(folder.iterdir()))}.safetensors", folder / f"{len(list(folder.iterdir()))}.png"
-    given = ["--weights", weights, "--prompt", "a red circle", "--seed", 3, "--out", picture, "--save-latents", file]
+    file, picture = (
+        folder / f"{ranks}-{len(list(folder.iterdir()))}.safetensors",
+        folder / f"{len(list(folder.iterdir()))}.png",
+    )
+    given = [
+        "--weights",
+        weights,
+        "--prompt",
+        "a red circle",
+        "--seed",
+        3,
+        "--out",
+        picture,
+        "--save-latents",
+        file,
+    ]
     ran = toy(*given, *options, ranks=ranks)
     assert ran.returncode == 0 and picture.exists(), ran.stderr
     return load_file(file)["latents"]
@@ -63,7 +77,9 @@ def test_check_and_explain(weights: Path):
     assert ran.returncode == 0 and "Toy, official single file" in ran.stdout, ran.stderr
     assert "row of convolutions" in ran.stdout and "Nothing is missing" in ran.stdout
     ran = toy("--weights", weights, "--explain", "--strategy", "paper", "--steps", 20)
-    assert ran.returncode == 0 and "0-2 50%, 3-5 50%" in ran.stdout and "step 4, parallelism" in ran.stdout, ran.stdout
+    assert ran.returncode == 0 and "0-2 50%, 3-5 50%" in ran.stdout and "step 4, parallelism" in ran.stdout, (
+        ran.stdout
+    )
     ran = toy("--weights", weights, "--strategy", "inner-reuse", "--explain")
     assert ran.returncode == 2 and "inner-reuse" in ran.stderr and "Traceback" not in ran.stderr
 

@@ -1,6 +1,7 @@
 """How values travel: every message pattern over gloo; NCCL is chosen where it can be had and refused in a sentence where not."""
 
 import itertools
+import math
 import os
 import threading
 import time
@@ -16,10 +17,11 @@ from tiny import free_port, make_task, run
 import hybridiff.transport
 from hybridiff.denoise import denoise
 from hybridiff.errors import UsageError
+from hybridiff.process_group import AtMost, Place, nccl_problem, this_place
 from hybridiff.schedule import Name
 from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
-from hybridiff.transport import Mailbox, Ranks, connect, disconnect, nccl_problem
+from hybridiff.transport import Mailbox, PeerLost, Ranks, connect, decode, disconnect
 
 CPU, RULE = torch.device("cpu"), SwitchRule(window=3, slope=0.0, cap=3, interval=2)
 SHAPES = [
@@ -35,6 +37,22 @@ def message(sender: int, number: int) -> tuple[torch.Tensor, ...]:
     """Two tensors that tell who sent them and when."""
     shape, dtype = SHAPES[number % len(SHAPES)]
     return torch.full(shape, sender + number, dtype=dtype), torch.full((2,), sender, dtype=torch.float32)
+
+
+def bad_words(transport: Ranks) -> None:
+    """What comes from rank 1 is bytes, not to be trusted: no JSON, a length that no word has."""
+    for length, text, words in (
+        (6, b"cos\nx.", "is no JSON"),  # the beginning of a pickle
+        (2**26 + 1, b"", "is 67,108,865 bytes long, which no rank sends"),
+        (-1, b"", "is -1 bytes long"),
+    ):
+        if transport.rank == 0:
+            with pytest.raises(PeerLost, match=f"rank 0 got a word from rank 1 .*{words}"):
+                transport.receive_word(1)
+        else:
+            torch.distributed.send(torch.tensor([length]), 0)
+            if text:
+                torch.distributed.send(torch.frombuffer(bytearray(text), dtype=torch.uint8), 0)
 
 
 def on_rank(rank: int, world: int, port: int, folder: str) -> None:
@@ -68,6 +86,14 @@ def on_rank(rank: int, world: int, port: int, folder: str) -> None:
         receive((rank - 1) % world, number)
     words = transport.gather("x" * 10 ** (rank + 1))  # words of unequal length
     assert [len(word) for word in words] == [10 ** (other + 1) for other in range(world)]
+    for dtype in (torch.float64, torch.bfloat16):
+        shared = transport.gather_tensor(torch.full((3, 2), rank, dtype=dtype).T)
+        assert [tensor.dtype for tensor in shared] == [dtype] * world
+        assert all(torch.equal(tensor, torch.full((2, 3), i, dtype=dtype)) for i, tensor in enumerate(shared))
+    with pytest.raises(PeerLost, match=r"rank 0 has \[\[1\], 'torch.float32'\] to share"):
+        transport.gather_tensor(torch.zeros(rank + 1))
+    if world == 2:
+        bad_words(transport)
     (Path(folder) / str(rank)).write_text(f"{transport.backend} {sum(transport.finish().values())}")
     with pytest.raises(UsageError, match="carries those of CUDA devices only"):
         transport.open_lanes(CPU, "nccl")
@@ -146,26 +172,31 @@ def test_a_watched_peer_that_ends_is_noticed_at_once(dies, codes):
 
 
 @pytest.mark.parametrize(
-    "gpus, ranks, nccl, words",
-    [(2, 2, True, None), (1, 2, True, "2 ranks share 1 GPU"), (2, 2, False, "no NCCL")],
+    "nccl, words",
+    [(True, None), (False, "no NCCL")],
 )
-def test_nccl_needs_a_gpu_a_rank(gpus, ranks, nccl, words, monkeypatch: pytest.MonkeyPatch):
-    """What is chosen on machines with GPUs, as far as it can be told without one."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(hybridiff.transport.dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+def test_nccl_needs_cuda(nccl, words, monkeypatch: pytest.MonkeyPatch):
+    """What a rank can tell by itself, whatever the environment counts."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     problem = nccl_problem(torch.device("cuda", 0))
     assert problem is None if words is None else words in problem
+    assert "the values lie on the cpu" in nccl_problem(CPU)
 
 
-@pytest.mark.parametrize("told, wish, backend, wire", [
-    ([(None, "a cuda:0"), (None, "a cuda:1")], "auto", "nccl", "cuda"),
-    ([(None, "a cuda:0"), (None, "a cuda:1")], "gloo", "gloo", "cpu"),
-    ([(None, "a cuda:0"), (None, "a cuda:0")], "auto", "gloo", "cpu"),  # both were told --device cuda:0
-    ([(None, "a cuda:0"), ("this build of torch has no NCCL", "b cuda:0")], "auto", "gloo", "cpu"),
+def at(machine: str, gpu: str | None, problem: str | None = None) -> Place:
+    """A place of one node, as where ranks are started without torchrun."""
+    return Place(machine, "0", gpu, problem)
+
+
+@pytest.mark.parametrize("places, wish, backend, wire", [
+    ([at("a", "gpu-0"), at("a", "gpu-1")], "auto", "nccl", "cuda"),  # each may see one GPU as cuda:0
+    ([at("a", "gpu-0"), at("a", "gpu-1")], "gloo", "gloo", "cpu"),
+    ([at("a", "gpu-0"), at("a", "gpu-0")], "auto", "gloo", "cpu"),  # both were told --device cuda:0
+    ([at("a", "gpu-0"), at("b", "gpu-2", "this build of torch has no NCCL")], "auto", "gloo", "cpu"),
 ])  # fmt: skip
-def test_the_ranks_choose_alike(told, wish, backend, wire, monkeypatch: pytest.MonkeyPatch):
-    """From what all ranks told; values for gloo are staged in host memory."""
+def test_the_ranks_choose_alike(places, wish, backend, wire, monkeypatch: pytest.MonkeyPatch):
+    """From the places of all ranks; values for gloo are staged in host memory."""
     rank = object.__new__(Ranks)
     rank.rank, rank.world, rank.members, rank.all_teams, rank.team, rank.timeout = (
         0,
@@ -175,11 +206,102 @@ def test_the_ranks_choose_alike(told, wish, backend, wire, monkeypatch: pytest.M
         0,
         timedelta(seconds=5),
     )
-    rank.gather, rank.watch_peers, rank.meet = lambda word: told, lambda: None, lambda: None
+    rank.places, rank.watch_peers, rank.meet = places, lambda: None, lambda: None
     monkeypatch.setattr(hybridiff.transport.dist, "new_group", lambda *given, backend, **named: backend)
     rank.open_lanes(torch.device("cuda", 0), wish)
     assert rank.backend == backend and rank.wire.type == wire and set(rank.lanes.values()) == {backend}
     assert rank.route == {"nccl": ", nccl", "gloo": ", gloo through host memory"}[backend]
+
+
+def test_who_shares_a_machine_and_a_gpu():
+    """By what tells machines and GPUs apart: two machines may have one name, and a rank may see only its own GPU."""
+    places = [at("box 1", "g0"), at("box 1", "g1"), at("box 2", "g2"), at("box 1", "g1"), at("box 2", None)]
+    found = []
+    for number in range(5):
+        rank = object.__new__(Ranks)
+        rank.rank, rank.places = number, places
+        found.append(rank.neighbours())
+    assert found == [(3, 1), (3, 2), (2, 1), (3, 2), (2, 1)] and Mailbox().neighbours() == (1, 1)
+    rank.places = [at("box", gpu) for gpu in ("g0", "g1", "g0", "g1")]
+    assert rank.nccl_problem(2) is None  # teams of ranks 0 and 1, 2 and 3
+    assert rank.nccl_problem(4) == "2 ranks share one GPU (UUID g0), and NCCL needs one each"
+    rank.places[3] = at("box", "g0")
+    assert "2 ranks share one GPU" in rank.nccl_problem(2)
+    assert this_place(CPU).machine == this_place(None).machine and this_place(CPU).gpu is None
+
+
+ENDED, SILENT = "but the other side has ended.", "but nothing came for 600 seconds (--timeout)."
+FAILED = "but that failed: "
+ERRORS = {
+    "[pair.cc:553] Connection closed by peer [10.0.0.2]:24809. This is typically caused by ...": ENDED,
+    "[pair.cc:301] Read error [10.0.0.2]:24809: Connection reset by peer": ENDED,
+    "Broken pipe": ENDED,
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?": ENDED,
+    "[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete": SILENT,
+    "Application timeout caused pair closure": SILENT,
+    "wait timeout after 4000ms, keys: /0//cpu//0/1": SILENT,
+    "Timed out after 5 seconds waiting for clients. 1/2 clients joined.": SILENT,
+    "The client socket has timed out after 4000ms while trying to connect to (10.0.0.1, 44861).":
+        "but nothing came from (10.0.0.1, 44861) for 600 seconds (--timeout).",
+    "CUDA out of memory. Tried to allocate 544.00 MiB": FAILED + "CUDA out of memory. Tried to allocate 544.00 MiB.",
+    "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be":
+        FAILED + "CUDA error: an illegal memory access was encountered.",
+    "NCCL error in: NCCLUtils.cpp:94, unhandled system error\nncclSystemError: call failed.\nLast error:\nshm /dev/shm/n: No space left on device":
+        FAILED + "NCCL error in: NCCLUtils.cpp:94, unhandled system error ... Last error: shm /dev/shm/n: No space left on device.",
+    "NCCL error, invalid usage. Last error: Duplicate GPU detected : rank 0 and rank 1":
+        FAILED + "NCCL error, invalid usage. Last error: Duplicate GPU detected : rank 0 and rank 1.",
+    "Gloo connectFullMesh failed with timed out connecting: SO_ERROR: Connection refused, remote=[127.0.1.1]:19845":
+        "Connection refused, remote=[127.0.1.1]:19845; GLOO_SOCKET_IFNAME names the network interface to use.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", ERRORS)
+def test_only_what_is_known_is_called_a_lost_peer(told: str):
+    """Messages of torch 2.13, as killed and stopped ranks brought them, and others that have nothing to do with a peer."""
+    rank = object.__new__(Ranks)
+    rank.rank, rank.members, rank.timeout = 0, (0, 1), timedelta(seconds=600)
+    with pytest.raises(PeerLost) as caught, rank.waiting("a word"):
+        raise RuntimeError(told)
+    assert str(caught.value).startswith("rank 0 waited for a word") and str(caught.value).endswith(
+        ERRORS[told]
+    )
+
+
+def test_waits_may_nest_and_overlap():
+    """Each has a deadline of its own; one that is over is forgotten, and one thread watches all."""
+    late: list[str] = []
+
+    def wait(name: str, limit: float, seconds: float) -> None:
+        with AtMost(limit, lambda: late.append(name)), AtMost(60, lambda: late.append("never")):
+            time.sleep(seconds)
+
+    before = threading.active_count()
+    threads = [
+        threading.Thread(target=wait, args=given)
+        for given in (("late", 0.1, 1.5), ("in time", 1.0, 0.1), ("later", 0.4, 1.5))
+    ]
+    for thread in threads:
+        thread.start()
+    assert threading.active_count() <= before + len(threads) + 1
+    for thread in threads:
+        thread.join()
+    time.sleep(0.6)
+    assert sorted(late) == ["late", "later"] and not AtMost.waits
+
+
+def test_words_are_data():
+    """They come back as JSON has them, also within one process; what is none is refused, as is what is too long."""
+    words = [None, True, 2**70, 0.1, float("inf"), '\ud800 \u2028 "', [1, (2, 3)], {"a": {"b": []}}]
+    expected = [*words[:6], [1, [2, 3]], words[7]]
+    assert Mailbox().gather(words) == [expected]
+    assert math.isnan(Mailbox().gather(math.nan)[0])
+    for word in ({1, 2}, Path("x"), b"x", torch.zeros(1)):
+        with pytest.raises(TypeError):
+            Mailbox().gather(word)
+    with pytest.raises(UsageError, match="too much for one word between ranks"):
+        Mailbox().gather("x" * 2**26)
+    with pytest.raises(ValueError):
+        decode(torch.frombuffer(bytearray(b"[" * 10**6), dtype=torch.uint8))
 
 
 def on_gpu(rank: int, port: int, folder: str) -> None:

@@ -49,7 +49,13 @@ class ToyConditioning(NamedTuple):
 class Toy(nn.Module):
     """A row of 3x3 convolutions, each moved by the time and the mean of the text. Units: the blocks."""
 
-    Config, title, namings, surplus, json_fields = ToyConfig, "row of convolutions", (("lift.", official),), "", {}
+    Config, title, namings, surplus, json_fields = (
+        ToyConfig,
+        "row of convolutions",
+        (("lift.", official),),
+        "",
+        {},
+    )
     shardable = False
 
     def __init__(self, config):
@@ -57,11 +63,15 @@ class Toy(nn.Module):
         self.config, self.units, self.most_ranks = config, config.blocks, config.blocks
         self.lift = nn.Conv2d(config.channels, config.width, 1)
         self.text = nn.Linear(config.text_width, config.width)
-        self.blocks = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(self.units))
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(self.units)
+        )
         self.lower = nn.Conv2d(config.width, config.channels, 1)
 
     def run(self, span, x, kept, t, conditioning, size):
-        moved = self.text(conditioning.text.mean(1)) + sinusoid(t, self.config.width).to(conditioning.text.dtype)
+        moved = self.text(conditioning.text.mean(1)) + sinusoid(t, self.config.width).to(
+            conditioning.text.dtype
+        )
         x = self.lift(x) if span[0] == 0 else x
         for block in self.blocks[span[0] : span[1]]:
             x = x + block(F.silu(x + moved[:, :, None, None]))
@@ -69,8 +79,12 @@ class Toy(nn.Module):
 
     def split(self, ranks, times=None, nested=False):
         if nested or ranks > self.units:
-            raise ValueError(f"a row of {self.units} convolutions cannot be split over {ranks} ranks like this")
-        return Split(spans_between(best_cuts(times or [[1.0] * self.units] * ranks), self.units), tuple(range(ranks)))
+            raise ValueError(
+                f"a row of {self.units} convolutions cannot be split over {ranks} ranks like this"
+            )
+        return Split(
+            spans_between(best_cuts(times or [[1.0] * self.units] * ranks), self.units), tuple(range(ranks))
+        )
 
     def shapes(self, at, latents, text_tokens, shard=None):
         channels = self.config.channels if at == self.units else self.config.width
@@ -97,7 +111,9 @@ FAMILY = Family(
     parts={
         "denoiser": Part(Toy, "toy.", "toy"),
         "vae": Part(Autoencoder, "first_stage_model.", "vae"),
-        "clip_l": Part(CLIPText, "text.", "text_encoder", given={"activation": "gelu"}, tokenizer="tokenizer"),
+        "clip_l": Part(
+            CLIPText, "text.", "text_encoder", given={"activation": "gelu"}, tokenizer="tokenizer"
+        ),
     },
     prediction="flow",
     encode=encode,
@@ -105,7 +121,9 @@ FAMILY = Family(
     size={"height": 64, "width": 48},
     switch={"window": 10, "slope": 1e-4, "cap": 10, "interval": 10},
     text_encoder=clips.text_encoder,
-    scheduler=Scheduler(usual=r".*Flow.*", refused=r"(?!.*Flow).*", reason="a Toy is run only with flow matching"),
+    scheduler=Scheduler(
+        usual=r".*Flow.*", refused=r"(?!.*Flow).*", reason="a Toy is run only with flow matching"
+    ),
     misfit=lambda configs: channels_misfit(configs["denoiser"].channels, configs),
 )
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from models.tokenizers import CLIPTokenizer, T5Tokenizer
 from weights.check import CheckedPart, build, check_part, check_together
 from weights.files import FLOATS, FP8, Entry, Reader, WeightsError
 from weights.parts import Contents, FoundPart
-from weights.tokenizers import CLIP_WORDS, T5JsonTokenizer, clip_tokenizer, t5_tokenizer
+from weights.tokenizers import (
+    CLIP_WORDS,
+    TOKENIZER_FILES,
+    T5JsonTokenizer,
+    clip_tokenizer,
+    t5_tokenizer,
+)
 
 T5_LENGTH = 256  # diffusers' default; Stability's code pads to 77 at least
 TextTokenizer = CLIPTokenizer | T5Tokenizer | T5JsonTokenizer
@@ -203,16 +210,24 @@ class Checkpoint:
         return None
 
     def digest(self) -> str:
-        """A hash of names, shapes, dtypes and eight values from the middle of every tensor; two checkpoints that share it are almost surely the same."""
-        told = hashlib.sha256()
-        read = Reader()
+        """A hash of names, shapes, dtypes and eight values from the middle of every tensor, and of the tokenizers' files.
+
+        Two checkpoints that share it are almost surely the same.
+        """
+        digest, read = hashlib.sha256(), Reader()
+        for part, file in self.tokenizer_files():
+            try:
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
+            except OSError as error:
+                raise WeightsError(f"{file} cannot be read: {error.strerror or error}.") from None
+            digest.update(f"{part} {file.name} {content}".encode())
         for part, checked in self.checked.items():
             for key, entry in sorted(checked.entries.items()):
-                told.update(f"{part} {key} {entry.dtype} {entry.shape}".encode())
+                digest.update(f"{part} {key} {entry.dtype} {entry.shape}".encode())
                 values = read(entry).flatten()
                 middle = values[len(values) // 2 :][:8].clone()
-                told.update(middle.view(torch.uint8).numpy().tobytes())
-        return told.hexdigest()
+                digest.update(middle.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def ships_tokenizer(self, part: str) -> bool:
         """Whether the tokenizer is CLIP's own, which comes with this project, and not in the checkpoint's folder."""
@@ -225,13 +240,31 @@ class Checkpoint:
             self.tokenizers[part] = self.make_tokenizer(part)
         return self.tokenizers[part]
 
+    def tokenizer_places(self, part: str) -> list[Path]:
+        """Folders in which a tokenizer's files are looked for."""
+        folder = self.model.parts[part].tokenizer
+        if self.layout == "folder":
+            return [self.path / folder]
+        home = self.path.parent
+        return [home, home / folder, home / "tokenizers"]
+
+    def tokenizer_files(self) -> list[tuple[str, Path]]:
+        """(part, file) of all files that tokenizers may be read from, except those that come with this project and T5's in the hub cache."""
+        found = []
+        for part in self.text_encoders:
+            if self.ships_tokenizer(part):
+                continue
+            clip = self.model.parts[part].network is CLIPText
+            places = [Path(self.t5_file)] if self.t5_file and not clip else self.tokenizer_places(part)
+            files = [
+                file for place in places for file in (place, *(place / name for name in TOKENIZER_FILES))
+            ]
+            found += [(part, file) for file in files if file.is_file()]
+        return found
+
     def make_tokenizer(self, part: str) -> TextTokenizer:
         """A tokenizer from its files."""
-        config, described = self.config(part), self.model.parts[part]
-        home = self.path if self.layout == "folder" else self.path.parent
-        places = [home / described.tokenizer]
-        if self.layout == "single":
-            places = [home, *places, home / "tokenizers"]
+        config, places, described = self.config(part), self.tokenizer_places(part), self.model.parts[part]
         if described.network is CLIPText:
             return clip_tokenizer([] if self.ships_tokenizer(part) else places, config, described.pad)
         return t5_tokenizer(places, config, self.t5_length, self.t5_file)

@@ -9,13 +9,11 @@ from models.family import Part
 from weights.files import WeightsError
 from weights.kinds import known
 import models
-from weights.tokenizers import hub_cache
+from weights.tokenizers import TOKENIZER_FILES, hub_cache
 
 DEMOS = ("demo-sdxl", "demo-sd3")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json",
-                   "added_tokens.json", "special_tokens_map.json")  # fmt: skip
 
 
 def locate(name: str) -> Path:

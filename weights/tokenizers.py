@@ -29,6 +29,8 @@ from models.tokenizers import (
 )
 from weights.files import WeightsError, read_json
 
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json")  # fmt: skip
 PACKED = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 CLIP_WORDS = 49408
 T5_WORDS = (32000, 32128)  # pieces of the official spiece.model, rows of the official table
