@@ -74,9 +74,11 @@ class Bench:
 
     def measure(self, name: str, need: float, body: Callable[[], dict], optional: bool = False) -> dict:
         """What `body` found, recorded with the seconds it took; `need` is about how many that is. An `optional` one leaves later parts their time."""
-        begin, left, wanted = time.monotonic(), self.left(), 0.0 if self.tiny else need
-        wanted += self.reserve if optional and not self.tiny else 0
-        if left < wanted:
+        begin, left = time.monotonic(), self.left()
+        wanted = 0.0 if self.tiny else need + self.reserve * optional
+        if self.tiny and optional:
+            found = {"left out": "it repeats what is tested already"}
+        elif left < wanted:
             found = {"left out": f"{max(0, left):.0f} s are left, about {wanted:.0f} are needed"}
         else:
             try:
@@ -350,15 +352,17 @@ def no_compiler() -> str | None:
 
 
 @contextmanager
-def compiling(fresh: bool) -> Iterator[None]:
-    """torch.compile starts from nothing, and inductor measures nothing to choose kernels. `fresh`: with an empty cache on disk, removed at the end."""
+def compiling() -> Iterator[None]:
+    """torch.compile starts from nothing, with an empty cache on disk that is removed at the end; inductor measures nothing to choose kernels."""
     import torch._dynamo
     import torch._inductor.config as inductor
+    import torch._inductor.utils as utils
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     # every shape of every block is a compilation of its own, and all count as one function's
-    limits = {n: 512 for n in ("recompile_limit", "accumulated_recompile_limit") if hasattr(torch._dynamo.config, n)}  # fmt: skip
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    limits = {name: 512 for name in limits if hasattr(torch._dynamo.config, name)}
     chosen = {
         "deterministic": True,
         "max_autotune": False,
@@ -366,16 +370,11 @@ def compiling(fresh: bool) -> Iterator[None]:
         "max_autotune_gemm": False,
     }
     chosen = {name: value for name, value in chosen.items() if hasattr(inductor, name)}
+    empty = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache
     torch.backends.cudnn.benchmark = False
     try:
-        with torch._dynamo.config.patch(limits), inductor.patch(chosen):
-            if fresh:
-                from torch._inductor import utils
-
-                with getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache():
-                    yield
-            else:
-                yield
+        with torch._dynamo.config.patch(limits), inductor.patch(chosen), empty():
+            yield
     finally:
         torch._dynamo.reset()
 
