@@ -19,6 +19,7 @@ from collections.abc import Callable  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from functools import partial  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -80,23 +81,28 @@ def eager_and_graph(bench: Bench, make: Callable[[], Case]) -> dict:
     return {
         "eager ms": eager["ms"], "graph ms": graph["ms"], "equal": graph["equal"], "finite": graph["finite"],
         "eager GiB": memory.gib, "graph GiB": graph["peak GiB"], "pool GiB": graph["pool GiB"], "second GiB": graph["second GiB"],
-        "floor ms": floor, "share": floor / graph["ms"], **work, "times": {"eager": eager, "graph": graph["times"]},
+        "floor ms": floor, "share": floor / graph["ms"], "digest": digest(case()), **work, "times": {"eager": eager, "graph": graph["times"]},
     }  # fmt: skip
 
 
-def normalised(bench: Bench, functional: bool) -> Case:
-    """SD3 with normalised queries and keys, as SD3.5 has them: by our own RMSNorm or by PyTorch's."""
+class WeightOutside(nn.RMSNorm):
+    """F.rms_norm without its weight, which multiplies the result in the input's dtype, as in models.mmdit.RMSNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, None, self.eps) * self.weight
+
+
+def normalised(bench: Bench, kind: type[nn.RMSNorm] | None) -> Case:
+    """SD3 with normalised queries and keys, as SD3.5 has them: by our own RMSNorm or another kind."""
     case = Case(bench, "sd3", 1024, 1)
     with torch.device("meta"):
-        net = MMDiT(replace(case.net.config, qk_norm=True)).to(bench.dtype)
-    case.net = net.eval().requires_grad_(False).to_empty(device=bench.device)
+        net = MMDiT(replace(case.net.config, qk_norm=True))
+        for module in list(net.modules()) if kind else []:
+            for name, child in list(module.named_children()):
+                if isinstance(child, RMSNorm):
+                    setattr(module, name, kind(child.weight.shape[0], eps=1e-6))
+    case.net = net.to(bench.dtype).eval().requires_grad_(False).to_empty(device=bench.device)
     fill(case.net)
-    for module in list(case.net.modules()):
-        for name, child in list(module.named_children()):
-            if functional and isinstance(child, RMSNorm):
-                theirs = nn.RMSNorm(child.weight.shape[0], eps=1e-6, device=bench.device, dtype=bench.dtype)
-                theirs.load_state_dict(child.state_dict())
-                setattr(module, name, theirs.requires_grad_(False))
     return case
 
 
@@ -108,12 +114,11 @@ def graphs(bench: Bench) -> None:
             bench.measure(f"{family} {size} batch {batch}", 12, partial(eager_and_graph, bench, make))
     for batch in (1, 2):
         make = partial(Case, bench, "sdxl", 1024, batch, channels_last=True)
-        bench.measure(
-            f"sdxl 1024 batch {batch} channels_last", 12, partial(eager_and_graph, bench, make), batch == 2
-        )
-    for name, functional in (("own RMSNorm", False), ("F.rms_norm", True)):
-        make = partial(normalised, bench, functional)
-        bench.measure(f"sd3 1024 batch 1 qk norm, {name}", 12, partial(eager_and_graph, bench, make))
+        name, body = f"sdxl 1024 batch {batch} channels_last", partial(eager_and_graph, bench, make)
+        bench.measure(name, 12, body, batch == 2)
+    for name, kind in {"own": None, "F.rms_norm": nn.RMSNorm, "weight outside": WeightOutside}.items():
+        make = partial(normalised, bench, kind)
+        bench.measure(f"sd3 1024 batch 1 norms: {name}", 12, partial(eager_and_graph, bench, make))
     for family in FAMILIES:
         case = partial(Case, bench, family, 1024, 1)
         bench.measure(f"{family} 1024 kernels", 12, lambda case=case: profile(case(), bench.device == "cuda"))
@@ -162,12 +167,6 @@ def time_backends(bench: Bench, heads: int, queries: int, keys: int, width: int,
         except Exception as error:
             found["unavailable"][name] = str(error)[:200]
     return found
-
-
-def fastest(found: dict) -> str | None:
-    """The back-end that took the least time."""
-    taken = {name: found[f"{name} ms"] for name in BACKENDS if f"{name} ms" in found}
-    return min(taken, key=taken.get) if taken else None
 
 
 def by_backend(bench: Bench, family: str, size: int) -> dict:
@@ -240,12 +239,11 @@ def compiled(
 
 def compiled_with_fastest(bench: Bench, family: str, last: bool) -> dict:
     """`compiled` with that back-end of attention first which is the fastest for the family's largest attention."""
-    config = (TINY if bench.tiny else FULL)[family]
-    size = SMALL[1024] if bench.tiny else 1024
-    found = time_backends(
-        bench, *max(shapes(family, config, size).values(), key=lambda s: s[0] * s[1] * s[2])
-    )
-    name = fastest(found)
+    config, size = (TINY[family], SMALL[1024]) if bench.tiny else (FULL[family], 1024)
+    every = shapes(family, config, size).values()
+    found = time_backends(bench, *max(every, key=lambda s: s[0] * s[1] * s[2]))
+    taken = {name: found[f"{name} ms"] for name in BACKENDS if f"{name} ms" in found}
+    name = min(taken, key=taken.get) if taken else None
     if name in (None, found["PyTorch takes"]):
         return {"left out": f"PyTorch's own choice, {name}, is the fastest for the largest attention"}
     return compiled(bench, family, last=last, first=name)
@@ -282,13 +280,13 @@ def compile_part(bench: Bench, family: str) -> None:
         again["equal to the first"] = again["digest"] == first["digest"]
         bench.write()
     row(f"blocks, batch 1{how}, fastest attention", partial(compiled_with_fastest, bench, family, last), True)
-    need *= 2
+    need *= 2  # for one large graph
     row(f"whole network, batch 1{how}", partial(compiled, bench, family, last=last, whole=True), True)
 
 
 def decode(bench: Bench) -> None:
     """The decoder of SDXL's autoencoder at 1024; the random weights do not overflow in fp16, as the official ones do."""
-    cuda, side = bench.device == "cuda", SMALL[1024] if bench.tiny else 1024
+    cuda, side = bench.device == "cuda", SMALL[512] if bench.tiny else 1024
     config = AutoencoderConfig(channels=16, groups=8) if bench.tiny else AutoencoderConfig()
     coarse = torch.randn(1, config.latent_channels, 6, 6, generator=torch.Generator().manual_seed(SEED))
     smooth = F.interpolate(coarse, (side // FACTOR, side // FACTOR), mode="bicubic").to(bench.device)
@@ -310,12 +308,8 @@ def decode(bench: Bench) -> None:
         finally:
             torch.backends.cudnn.allow_tf32 = before
         pictures[name] = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu()
-        found = {
-            "ms": times["ms"],
-            "peak GiB": memory.gib,
-            "finite": bool(image.isfinite().all()),
-            "times": times,
-        }
+        finite = bool(image.isfinite().all())
+        found = {"ms": times["ms"], "peak GiB": memory.gib, "finite": finite, "times": times}
         if "fp32 without TF32" in pictures and name != "fp32 without TF32":
             found["PSNR"] = psnr(pictures[name], pictures["fp32 without TF32"])  # None: equal
         return found
@@ -336,18 +330,17 @@ def theirs(bench: Bench, family: str, compile: bool) -> dict:
     from benchmarks.diffusers_loop import mmdit_sizes, unet_sizes
 
     case, cuda = Case(bench, family, 1024, 1), bench.device == "cuda"
-    kind, sizes = (
-        (UNet2DConditionModel, unet_sizes) if family == "sdxl" else (SD3Transformer2DModel, mmdit_sizes)
-    )
+    kind, sizes = SD3Transformer2DModel, mmdit_sizes
+    if family == "sdxl":
+        kind, sizes = UNet2DConditionModel, unet_sizes
     config = case.net.config
     with torch.device("meta"):
         net = kind(sample_size=case.size // FACTOR, **sizes(config)).to(bench.dtype)
     case.net = net = net.eval().requires_grad_(False).to_empty(device=bench.device)
     fill(net)
     text, pooled = (t.to(bench.device) for t in texts(family, config, case.size, bench.dtype)["cond"])
-    added = torch.tensor([[case.size, case.size, 0, 0, case.size, case.size]], device=bench.device).to(
-        bench.dtype
-    )
+    side = case.size
+    added = torch.tensor([[side, side, 0, 0, side, side]], device=bench.device, dtype=bench.dtype)
 
     def call() -> Tensor:
         if family == "sdxl":
@@ -384,12 +377,8 @@ def diffusers(bench: Bench) -> None:
     for compile in (False, True):
         for family in FAMILIES:
             name = f"{family} 1024 batch 1" + (", blocks compiled" if compile else "")
-            bench.measure(
-                name,
-                45 if compile else 10,
-                partial(theirs, bench, family, compile),
-                compile and family == "sdxl",
-            )
+            body, need = partial(theirs, bench, family, compile), 45 if compile else 10
+            bench.measure(name, need, body, compile and family == "sdxl")
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -411,29 +400,19 @@ def conditions(bench: Bench) -> dict[str, object]:
             "card": torch.cuda.get_device_name(), "CUDA": torch.version.cuda, "driver": driver,
             "cuDNN": torch.backends.cudnn.version(), "memory of the card GiB": round(torch.cuda.mem_get_info()[1] / 2**30, 1),
         }  # fmt: skip
-    found |= machine() | {"dtype": str(bench.dtype).removeprefix("torch."), "ceilings": ceilings(bench)}
-    return found
+    return found | machine() | {"dtype": str(bench.dtype).split(".")[1], "ceilings": ceilings(bench)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        required=True,
-        help="where the results go; with --show, where they are",
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; they come in this order"
-    )
-    parser.add_argument("--minutes", type=float, default=8, help="time for everything, imports included")
-    parser.add_argument(
-        "--tiny", action="store_true", help="small networks on the CPU with stand-ins: a test of this script"
-    )
-    parser.add_argument("--show", action="store_true", help="measure nothing, print what FILE holds")
+    say = parser.add_argument
+    say("--json", type=Path, metavar="FILE", required=True, help="of the results; with --show they are there")
+    say("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; they come in this order")
+    say("--minutes", type=float, default=8, help="time for everything, imports included")
+    say("--tiny", action="store_true", help="test this script: small networks on the CPU with stand-ins")
+    say("--show", action="store_true", help="measure nothing, print what FILE holds")
     args = parser.parse_args()
     if args.show:
         if not args.json.is_file():
@@ -446,13 +425,16 @@ def main() -> int:
         torch.set_num_threads(1)
     bench = Bench(args.json, START, args.minutes, args.tiny)
     wanted = [part for part in PARTS if part in args.only]
+    needs = dict.fromkeys(PARTS, 1) if args.tiny else AT_LEAST
+    if find_spec("diffusers") is None:
+        needs = needs | {"diffusers": 1}
     with torch.inference_mode():
         bench.kept["conditions"] = conditions(bench)
         bench.log(in_words(bench.kept["conditions"]))
         for number, part in enumerate(wanted):
-            bench.part, bench.reserve = part, sum(AT_LEAST[later] for later in wanted[number + 1 :])
-            if bench.left() < (1 if args.tiny else AT_LEAST[part]):
-                text = f"{max(0, bench.left()):.0f} s are left, it needs at least {AT_LEAST[part]}"
+            bench.part, bench.reserve = part, sum(needs[later] for later in wanted[number + 1 :])
+            if bench.left() < needs[part]:
+                text = f"{max(0, bench.left()):.0f} s are left, it needs at least {needs[part]}"
                 bench.keep("everything", {"left out": text})
                 continue
             try:

@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks.full_size import make_task
-from hybridiff.report import write_whole
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -70,7 +69,9 @@ class Bench:
         print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)
 
     def write(self) -> None:
-        write_whole(self.file, lambda temporary: temporary.write_text(json.dumps(self.kept, indent=1) + "\n"))
+        part = self.file.with_name(self.file.name + ".part")
+        part.write_text(json.dumps(self.kept, indent=1) + "\n")
+        part.replace(self.file)
 
     def measure(self, name: str, need: float, body: Callable[[], dict], optional: bool = False) -> dict:
         """What `body` found, recorded with the seconds it took; `need` is about how many that is. An `optional` one leaves later parts their time."""
@@ -87,8 +88,8 @@ class Bench:
                 found = {"failed": f"{type(error).__name__}: {error}"[:600]}
             found["seconds"] = round(time.monotonic() - begin, 1)
         try:  # what the measurement held is gone with its frame
-            gc.collect()
             if self.device == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
         except Exception as error:
             found["failed after it"] = str(error)[:200]
@@ -100,7 +101,7 @@ class Bench:
         self.kept["results"].setdefault(self.part, {})[name] = found
         self.write()
         short = {key: value for key, value in found.items() if not isinstance(value, (dict, list))}
-        self.log(f"{self.part}: {name}: " + ", ".join(f"{k} {v}" for k, v in short.items())[:300])
+        self.log(f"{self.part}: {name}: " + ", ".join(f"{k} {cell(v)}" for k, v in short.items())[:300])
 
 
 class Case:
@@ -399,7 +400,15 @@ def cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, float):
-        return f"{value:.1e}" if abs(value) < 0.001 else f"{value:.3f}" if abs(value) < 1 else f"{value:.1f}"
+        return (
+            "0"
+            if value == 0
+            else f"{value:.1e}"
+            if abs(value) < 0.001
+            else f"{value:.3f}"
+            if abs(value) < 1
+            else f"{value:.1f}"
+        )
     return "" if value is None else str(value)
 
 

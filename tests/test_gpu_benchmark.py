@@ -36,10 +36,15 @@ def test_all_parts_on_small_networks(tmp_path):
         results["graphs"]["sdxl 1024 batch 2"]["TFLOP"] > 0
         and "equal" in results["graphs"]["sdxl 1024 batch 2"]
     )
+    norms = [
+        results["graphs"][f"sd3 1024 batch 1 norms: {kind}"]["digest"]
+        for kind in ("own", "F.rms_norm", "weight outside")
+    ]
+    assert len(set(norms)) == 1  # in fp32 on the CPU
     assert results["graphs"]["sd3 1024 kernels"]["classes"]
     assert any("math ms" in found for found in results["attention"].values())
-    # two kinds of joint blocks (the last has no text output); by hand for the U-Net: eleven residual blocks that
-    # differ in channels or side, two kinds of transformer blocks, one more graph where an odd side repeats a shape
+    # by hand: two kinds of joint blocks (the last has no text output); twelve residual blocks that differ in channels or
+    # side, and transformer blocks of two widths
     assert results["sd3-compile"]["blocks, batch 1"]["compiled"] == 2
     assert results["sd3-compile"]["blocks, batch 1, again"]["equal to the first"] is True
     assert results["sdxl-compile"]["blocks, batch 1"]["compiled"] == 14
