@@ -9,7 +9,6 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Callable
 
 import torch
 
@@ -17,38 +16,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.full_size import FAMILIES, in_words, machine, make_task, table  # noqa: E402
+from benchmarks.gpu_tools import Recording  # noqa: E402
 from benchmarks.speed import predict, show_prediction  # noqa: E402
 from benchmarks.timed import PARTS, runs_of, time_runs  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
-
-
-def record(run: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A graph of what `run` starts, and the result, which every replay writes anew."""
-    side = (
-        torch.cuda.Stream()
-    )  # cuBLAS and cuDNN make their choices here, which may not happen while recording
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 @torch.inference_mode()
 def measure(family: str, size: int, repeats: int) -> dict[str, object]:
     """{"plain": seconds of every part of `timed.PARTS`, "graph": the same, "equal": whether whole predictions are}."""
     runs = runs_of(make_task(family, size, 2, torch.float16, device="cuda"))
-    recorded = {part: record(run) for part, run in runs.items()}
-    ways = {"plain": runs, "graph": {part: graph.replay for part, (graph, _) in recorded.items()}}
+    recorded = {part: Recording(run, True) for part, run in runs.items()}
+    ways = {"plain": runs, "graph": {part: recording.replay for part, recording in recorded.items()}}
     found = {
         how: {part: median(times[1:]) for part, times in time_runs(by, Mailbox(), repeats + 1, True).items()}
         for how, by in ways.items()
     }
-    found["equal"] = all(torch.equal(runs[part](), recorded[part][1]) for part in ("whole", "whole, batch 2"))
+    found["equal"] = all(
+        torch.equal(runs[part](), recorded[part].result) for part in ("whole", "whole, batch 2")
+    )
     return found
 
 

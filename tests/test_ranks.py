@@ -70,7 +70,11 @@ def test_the_other_rank_ends_too(victim, how, words, tmp_path, monkeypatch):
 
 
 SAMPLE = random.Random(3).sample([case for case in matrix(2) if not case.torchrun and case.how != "wait"], 4)
-INTERRUPTS = [Case("pipeline", "wait", 1, False), Case("load", "wait", 0, True)]
+INTERRUPTS = [
+    Case("pipeline", "wait", 1, False),
+    Case("load", "wait", 0, True),
+    Case("start", "wait", 1, True),
+]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +94,28 @@ def test_a_death_at_any_phase(case, tmp_path):
         interrupt=60,
     )
     assert not result["wrong"], result
+
+
+def test_interrupts_after_the_picture(tmp_path):
+    """Where all is done Ctrl-C changes nothing, also while Python shuts down."""
+    options = ["--steps", "2", "--seed", "1", "--out", str(tmp_path / "p.png")]
+    ranks = start([options, options], tmp_path)
+    try:
+        while "picture: " not in (tmp_path / "said-0").read_text():
+            assert ranks[0].poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05)
+        end = time.monotonic() + 60
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
+            for rank in ranks:
+                rank.send_signal(signal.SIGINT)
+            time.sleep(0.03)
+        assert [rank.poll() for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert sentences(tmp_path, 0) == sentences(tmp_path, 1) == [] and (tmp_path / "p.png").exists()
 
 
 def test_a_label_tells_step_name_shape_and_dtype():
