@@ -119,7 +119,7 @@ def test_a_file_that_lacks_a_tensor_is_refused_by_name(weights: Path, tmp_path: 
 
 
 def test_without_its_line_in_the_list_the_family_is_unknown(weights: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(WeightsError, match="neither an SDXL nor an SD3 model"):
+    with pytest.raises(WeightsError, match="it has no denoiser"):
         open_checkpoint(str(weights))
     monkeypatch.setattr(models, "FAMILIES", [*models.FAMILIES, FAMILY])
     assert open_checkpoint(str(weights)).family == "toy"
