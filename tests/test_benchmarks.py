@@ -136,6 +136,13 @@ def test_prediction_adds_up():
     assert fast < slow < predicted["condition"][list(LINKS)[1]]
 
 
+def test_older_part_times_of_sd3_count_too():
+    """`equal`: files that time what is before the first block as "entry", and those where it is in "inner"."""
+    parts = {"inner": 0.75, "exit": 0.5, "whole": 1.0, "whole, batch 2": 1.5}
+    older = parts | {"entry": 0.25, "inner": 0.5}
+    assert predict("sd3", 64, 50, parts, tiny=True) == predict("sd3", 64, 50, older, tiny=True)
+
+
 def test_graphs_shows_what_was_measured():
     """The table of docs/method.md from the kept file; without a GPU the script refuses."""
     ran = script("graphs.py", "--show", "--json", BENCHMARKS / "results" / "graphs-h200-fp16.json")
