@@ -7,7 +7,6 @@ tests/test_benchmarks.py and tests/test_timeline.py hold the same arithmetic aga
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.full_size import FAMILIES, TOKENS, in_words, intervals, make_task, row_plan, table  # noqa: E402
+from hybridiff.switching import MIDDLE  # noqa: E402
 from hybridiff.timeline import length, part_costs, plan_all, timeline, total_bytes  # noqa: E402
 
 # Jung et al., arXiv 2602.21760, Table 1: "comm. (GB)" of a picture at 1024 x 1024, two GPUs, T = 50. They are GiB and count
@@ -31,7 +31,7 @@ TARGETS = {
     ("sd3", "paper-5"): 0.12e9,
 }  # at most, bytes, under the default conditions
 ROWS = ("condition", "balanced", *(f"paper-{k}" for k in intervals(50)))
-KINDS = ("prediction", "keys", "entry", "inner", "discrepancy")
+KINDS = ("prediction", "keys", "features", "discrepancy")
 
 
 def count(family: str, row: str, size: int, steps: int, tiny: bool, ranks: int) -> dict:
@@ -39,9 +39,8 @@ def count(family: str, row: str, size: int, steps: int, tiny: bool, ranks: int) 
     strategy, settings = row_plan(family, row, steps, ranks, tiny)
     plans = plan_all(strategy, settings)
     task = make_task(family, size, steps, torch.float16, tiny)
-    task = replace(task, cuts=strategy.cuts(task.denoiser))
-    sent, cost = total_bytes(plans, task), length(timeline(plans, part_costs(task, plans)))
-    pipelined = [step for step, plan in enumerate(plans) if plan.stage == "parallelism"]
+    sent, cost = total_bytes(plans, task), length(timeline(plans, part_costs(task, strategy, plans)))
+    pipelined = [step for step, plan in enumerate(plans) if plan.stage in MIDDLE]
     span = {"first pipelined step": pipelined[0], "last pipelined step": pipelined[-1]} if pipelined else {}
     return {"bytes": sent.total(), "by kind": dict(sent), "ideal speed-up": 2 * steps / cost, **span}
 

@@ -27,11 +27,12 @@ from hybridiff.pipeline import GUIDANCE, decode, draw_noise  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.samplers import make_sampler  # noqa: E402
-from hybridiff.strategies import Reuse, Settings, strategies  # noqa: E402
+from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy  # noqa: E402
 from hybridiff.switching import SwitchRule  # noqa: E402
 from hybridiff.text import encode  # noqa: E402
-from hybridiff.timeline import length, part_costs, timeline  # noqa: E402
+from hybridiff.timeline import Costs, length, part_costs, timeline  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
+from models.tape import Span  # noqa: E402
 from weights.demo.checker import QUESTIONS, compare, percent, shares  # noqa: E402
 from weights.demo.scenes import sample  # noqa: E402
 from weights.load import Checkpoint, open_checkpoint  # noqa: E402
@@ -81,7 +82,11 @@ class Studio:
         self.told = [encode(checkpoint, caption, None, *where) for _, caption in self.drawn]
         self.denoiser = checkpoint.load("denoiser", torch.float32, torch.device("cpu"))
         self.references: dict[tuple, list[Tensor]] = {}  # by steps, sampler and guidance
-        self.shares: dict[object, dict[str, float]] = {}  # cut -> part -> share
+        self.shares: dict[tuple[Span, ...], Costs] = {}  # spans of a strategy -> their shares
+
+    def strategy(self, row: Row) -> Strategy:
+        """The row's strategy on this network."""
+        return STRATEGIES[row.strategy].on(self.denoiser)
 
     def task(self, row: Row, index: int, seed: int, guidance: float | None = None) -> Task:
         """What there is to do for one picture."""
@@ -90,32 +95,28 @@ class Studio:
             vae.latent_channels, self.height // vae.factor, self.width // vae.factor, 1000 * seed + index
         )
         sampler = make_sampler(family, row.sampler, row.steps, self.checkpoint.defaults.get("shift", 3.0))
-        cut = strategies(family)[row.strategy].cuts(self.denoiser)
-        return Task(self.denoiser, cut, sampler, self.told[index], guidance or self.guidance, noise)
+        return Task(self.denoiser, sampler, self.told[index], guidance or self.guidance, noise)
 
     def picture(self, row: Row, task: Task) -> tuple[Tensor, list[float | None]]:
         """The picture (H, W, 3) uint8, and the discrepancies measured on the way."""
-        strategy = strategies(self.checkpoint.family)[row.strategy]
-        records = list(denoise(task, strategy, Settings(row.steps, row.rule, row.reuse), Mailbox()))
+        settings = Settings(row.steps, row.rule, row.reuse)
+        records = list(denoise(task, self.strategy(row), settings, Mailbox()))
         image = decode(self.checkpoint, records[-1].latents, torch.device("cpu"))
         return image, [record.discrepancy for record in records]
 
     def cost(self, row: Row, task: Task, history: list[float | None]) -> float:
         """Ideal cost of a picture in evaluations of the network, with the discrepancies that decided over its stages."""
-        strategy, settings = (
-            strategies(self.checkpoint.family)[row.strategy],
-            Settings(row.steps, row.rule, row.reuse),
-        )
+        strategy, settings = self.strategy(row), Settings(row.steps, row.rule, row.reuse)
         plans = [strategy.plan(step, history[:step], settings) for step in range(row.steps)]
-        return length(timeline(plans, self.costs(task)))
+        return length(timeline(plans, self.costs(task, strategy)))
 
-    def costs(self, task: Task) -> dict[str, float]:
-        """Shares of the network's parts at this cut, counted once, on the meta device."""
-        if task.cuts not in self.shares:
-            self.shares[task.cuts] = part_costs(
-                replace(task, denoiser=self.checkpoint.part("denoiser").module)
-            )
-        return self.shares[task.cuts]
+    def costs(self, task: Task, strategy: Strategy) -> Costs:
+        """Shares of the network in the strategy's spans, counted once, on the meta device."""
+        spans = strategy.partition.spans
+        if spans not in self.shares:
+            on_meta = replace(task, denoiser=self.checkpoint.part("denoiser").module)
+            self.shares[spans] = part_costs(on_meta, strategy)
+        return self.shares[spans]
 
     def reference(self, row: Row) -> list[Tensor]:
         """The pictures by `serial` with the row's sampler and its full number of steps."""

@@ -2,7 +2,9 @@
 
 import os
 import platform
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Sequence
 
@@ -13,7 +15,7 @@ from hybridiff.denoise import Task
 from hybridiff.pipeline import GUIDANCE, draw_noise
 from hybridiff.presets import PAPER_RULES, PRESETS, usual_reuse
 from hybridiff.samplers import make_sampler
-from hybridiff.strategies import Settings, Strategy, strategies
+from hybridiff.strategies import STRATEGIES, Settings, Strategy
 from hybridiff.switching import SwitchRule
 from models.embeddings import sinusoid
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
@@ -35,6 +37,13 @@ TINY = {
     "sd3": MMDiTConfig(width=32, depth=4, heads=2, context_width=24, pooled_width=20, positions=12),
 }  # fmt: skip
 TOKENS = {"sdxl": 77, "sd3": 77 + 256}  # of the text: CLIP's, and T5's after them
+
+
+@cache
+def on_meta(family: str, tiny: bool) -> nn.Module:
+    """The network without weights, on the meta device."""
+    with torch.device("meta"):
+        return (UNet if family == "sdxl" else MMDiT)((TINY if tiny else FULL)[family])
 
 
 def size_width(config: UNetConfig) -> int:
@@ -94,10 +103,8 @@ def make_task(
 
     On the meta device there are only shapes and dtypes, elsewhere weights and texts are random. With `weights` they lie in that file.
     """
-    config = (TINY if tiny else FULL)[family]
-    with torch.device("meta"):
-        net = (UNet if family == "sdxl" else MMDiT)(config).to(dtype)
-    net.eval().requires_grad_(False)
+    net = deepcopy(on_meta(family, tiny)).to(dtype).eval().requires_grad_(False)
+    config = net.config
     if weights:
         map_weights(net, Path(weights), dtype)
     elif torch.device(device).type != "meta":
@@ -115,9 +122,7 @@ def make_task(
     told = {text: type(value)(*(t.to(device) for t in value)) for text, value in told.items()}
     channels = config.in_channels if family == "sdxl" else config.latent_channels
     noise = draw_noise(channels, size // FACTOR, size // FACTOR, SEED).to(device)
-    return Task(
-        net.to(device), (net.default_cut(),), make_sampler(family, None, steps), told, GUIDANCE[family], noise
-    )
+    return Task(net.to(device), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
 
 
 def intervals(steps: int) -> list[int]:
@@ -151,8 +156,7 @@ def row_plan(
                 SwitchRule(window=steps + 1, slope=0.0, cap=PAPER_RULES[family].cap), steps, int(number)
             ),
         )
-    strategy = strategies(family)[name]
-    return strategy.on(ranks or strategy.ranks, (TINY if tiny else FULL)[family]), settings
+    return STRATEGIES[name].on(on_meta(family, tiny), ranks), settings
 
 
 def machine() -> dict[str, object]:

@@ -18,14 +18,16 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.full_size import FAMILIES, in_words, machine, make_task, table  # noqa: E402
 from benchmarks.gpu_tools import Recording  # noqa: E402
 from benchmarks.speed import predict, show_prediction  # noqa: E402
-from benchmarks.timed import PARTS, runs_of, time_runs  # noqa: E402
+from benchmarks.timed import runs_of, time_runs  # noqa: E402
+from hybridiff.partition import partition  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
 
 
 @torch.inference_mode()
 def measure(family: str, size: int, repeats: int) -> dict[str, object]:
-    """{"plain": seconds of every part of `timed.PARTS`, "graph": the same, "equal": whether whole predictions are}."""
-    runs = runs_of(make_task(family, size, 2, torch.float16, device="cuda"))
+    """{"plain": seconds of every part that `timed.runs_of` has, "graph": the same, "equal": whether whole predictions are}."""
+    task = make_task(family, size, 2, torch.float16, device="cuda")
+    runs = runs_of(task, partition(task.denoiser, 2))
     recorded = {part: Recording(run, True) for part, run in runs.items()}
     ways = {"plain": runs, "graph": {part: recording.replay for part, recording in recorded.items()}}
     found = {
@@ -40,7 +42,7 @@ def measure(family: str, size: int, repeats: int) -> dict[str, object]:
 
 def show(family: str, size: int, found: dict[str, object]) -> str:
     """Milliseconds of the parts, and the speed-ups that two such devices would have over one, both without graphs or both with them."""
-    parts = [[part, *(1000 * found[how][part] for how in ("plain", "graph"))] for part in PARTS]
+    parts = [[part, *(1000 * found[how][part] for how in ("plain", "graph"))] for part in found["plain"]]
     same = "equal" if found["equal"] else "NOT EQUAL"
     text = f"## {family}, {size} pixels a side; predictions of both ways: {same}\n\n{table(['part', 'plain, ms', 'graph, ms'], parts)}\n"
     for how in ("plain", "graph"):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from hybridiff.denoise import Task, denoise  # noqa: E402
 from hybridiff.errors import UsageError  # noqa: E402
 from hybridiff.samplers import FlowEuler, Sampler, make_sampler  # noqa: E402
-from hybridiff.strategies import Settings, strategies  # noqa: E402
+from hybridiff.strategies import STRATEGIES, Settings  # noqa: E402
 from hybridiff.switching import SwitchRule, find_switch  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
 from models.embeddings import sinusoid  # noqa: E402
@@ -137,15 +137,8 @@ def replay(recording: Recording) -> tuple[bool, str]:
     denoiser = load_denoiser(folder, model, family)
     config = json.loads((folder / f"{model}.config.json").read_text(encoding="utf-8"))
     told = conditioning(recording, config.get("addition_time_embed_dim") or 256)
-    task = Task(
-        denoiser,
-        (denoiser.default_cut(),),
-        sampler,
-        told,
-        float(facts["guidance_scale"]),
-        tensors["init_noise"],
-    )
-    strategy = strategies(family)["paper" if recording.hybrid else "serial"]
+    task = Task(denoiser, sampler, told, float(facts["guidance_scale"]), tensors["init_noise"])
+    strategy = STRATEGIES["paper" if recording.hybrid else "serial"].on(denoiser)
     records = list(denoise(task, strategy, Settings(steps, rule), Mailbox()))
 
     schedule = [

@@ -32,14 +32,25 @@ from benchmarks.full_size import (
     intervals,
     machine,
     make_task,
+    on_meta,
     row_plan,
     table,
 )  # noqa: E402
-from benchmarks.timed import PARTS, on_ranks_with_task, parts_on_cuda, time_diffusers, time_run, warm_parts  # noqa: E402
+from benchmarks.timed import (  # noqa: E402
+    PARTS,
+    on_ranks_with_task,
+    part_of,
+    parts_on_cuda,
+    time_diffusers,
+    time_run,
+    warm_parts,
+)
+from hybridiff.denoise import Task  # noqa: E402
+from hybridiff.partition import Partition, partition  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
-from hybridiff.schedule import StepPlan  # noqa: E402
-from hybridiff.timeline import length, message_bytes, plan_all, timeline  # noqa: E402
+from hybridiff.schedule import Name, StepPlan  # noqa: E402
+from hybridiff.timeline import length, plan_all, timeline  # noqa: E402
 from weights.demo.loop import bf16_pays  # noqa: E402
 
 SIZES = {"sdxl": 512, "sd3": 256}  # of the whole runs
@@ -73,32 +84,39 @@ def rows_of(steps: int) -> tuple[str, ...]:
     )
 
 
-def plans_of(family: str, row: str, steps: int) -> list[StepPlan]:
-    """The schedule of a row, or of the one it is like."""
+def plans_of(family: str, row: str, steps: int, tiny: bool = False) -> tuple[list[StepPlan], Partition]:
+    """The schedule of a row, or of the one it is like, and how it divides the network."""
     name = {"diffusers": "batched"}.get(row, "condition" if row.startswith("fewer") else row)
-    return plan_all(*row_plan(family, name, steps))
+    strategy, settings = row_plan(family, name, steps, tiny=tiny)
+    return plan_all(strategy, settings), strategy.partition
 
 
-def ideal(plans: Sequence[StepPlan], parts: dict[str, float], delays: dict[str, float] = {}) -> float:
+def ideal(
+    plans: Sequence[StepPlan],
+    division: Partition,
+    parts: dict[str, float],
+    delay: Callable[[Name], float] = lambda name: 0.0,
+) -> float:
     """Seconds from start to end by the schedule alone, given the seconds of each part."""
-    batched = any("(both)" in str(operation) for operation in plans[0].operations[0])
-    costs = parts | ({"whole": parts["whole, batch 2"] / 2} if batched else {})
-    return length(timeline(plans, costs, delays))
+    if len(division.spans) == 2 and "entry" in parts:  # older files time SD3's embedding by itself
+        parts = parts | {"inner": parts["entry"] + parts["inner"]}
+    costs = {}
+    for run in {run for plan in plans for run in plan.runs()}:
+        costs[run.work] = parts[part_of(run, division)] / (2 if run.branch == "both" else 1)
+    return length(timeline(plans, costs, delay))
 
 
-def parts_used(plans: Sequence[StepPlan]) -> list[str]:
+def parts_used(plans: Sequence[StepPlan], division: Partition) -> list[str]:
     """Those of `timed.PARTS` that a schedule consists of."""
-    return sorted(
-        {f"{run.part}, batch 2" if run.text == "both" else run.part for plan in plans for run in plan.runs()}
-    )
+    return sorted({part_of(run, division) for plan in plans for run in plan.runs()})
 
 
-def steps_of(family: str, row: str, steps: int, parts: dict[str, float]) -> int:
+def steps_of(family: str, row: str, steps: int, parts: dict[str, float], tiny: bool) -> int:
     """The steps of a row; fewer-K: as many as take no longer than paper-K, at least one."""
     if not row.startswith("fewer"):
         return steps
-    paper = ideal(plans_of(family, row.replace("fewer", "paper"), steps), parts)
-    return max(1, int(paper / ideal(plans_of(family, "condition", 1), parts)))
+    paper = ideal(*plans_of(family, row.replace("fewer", "paper"), steps, tiny), parts)
+    return max(1, int(paper / ideal(*plans_of(family, "condition", 1, tiny), parts)))
 
 
 def by_medians(seconds: Sequence[float], plans: Sequence[StepPlan]) -> float:
@@ -158,12 +176,13 @@ def measure_parts(
 ) -> dict[str, dict[str, float]]:
     """ "1 rank busy" and "2 ranks busy" -> seconds of each part until all have it, medians."""
     where = where_of(family, size, 1, args)
+    details = {"division": partition(on_meta(family, args.tiny), 2), "repeats": args.repeats}
 
     def measure() -> dict:
         busy = {}
         for ranks in (1, 2):
             busy[f"{ranks} ranks busy" if ranks > 1 else "1 rank busy"] = slower(
-                on_ranks_with_task(ranks, where, warm_parts, repeats=args.repeats)
+                on_ranks_with_task(ranks, where, warm_parts, **details)
             )
         return busy
 
@@ -177,20 +196,21 @@ def measure_row(
 
     def measure() -> dict:
         ranks = 1 if row in ("serial", "batched", "diffusers") else 2
-        steps = steps_of(family, row, args.steps, parts["2 ranks busy"])
-        plans = plans_of(family, row, steps)
+        steps = steps_of(family, row, args.steps, parts["2 ranks busy"], args.tiny)
+        plans, division = plans_of(family, row, steps, args.tiny)
         alike = len(set(plans)) == 1  # every step does the same work, so that some stand for all
         run = min(steps, args.alike) if alike and args.alike else steps
         where = where_of(family, size, run, args)
         if row == "diffusers":
             each = on_ranks_with_task(1, where, time_diffusers, family=family, size=size, steps=run)
         else:
-            strategy, settings = row_plan(family, "condition" if row.startswith("fewer") else row, run)
+            name = "condition" if row.startswith("fewer") else row
+            strategy, settings = row_plan(family, name, run, tiny=args.tiny)
             details = {
                 "strategy": strategy,
                 "settings": settings,
                 "repeats": args.repeats,
-                "wanted": parts_used(plans),
+                "wanted": parts_used(plans, division),
             }
             each = on_ranks_with_task(ranks, where, time_run, **details)
         if not all(result["finite"] for result in each):
@@ -201,7 +221,7 @@ def measure_row(
         return {
             "ranks": ranks, "steps": steps, "steps run": run, "total": max(result["total"] for result in each) * steps / run,
             "medians": max(by_medians(result["seconds"], plans[:run]) for result in each) * steps / run,
-            "ideal": ideal(plans, beside) if beside else None, "parts beside it": beside,
+            "ideal": ideal(plans, division, beside) if beside else None, "parts beside it": beside,
             "bytes": {kind: count * steps // run for kind, count in each[0]["bytes"].items()}, "seconds of each step": [result["seconds"] for result in each],
             **({"distance from our prediction": each[0]["difference"]} if row == "diffusers" else {}),
         }  # fmt: skip
@@ -218,7 +238,7 @@ def show_parts(parts: dict[int, dict]) -> str:
             seconds = found[busy]
             gain = seconds["whole, batch 2"] / (2 * seconds["whole"])
             split = baseline / seconds["whole"] if busy == "2 ranks busy" else None
-            lines.append([size, busy, *(seconds[part] for part in PARTS), gain, split])
+            lines.append([size, busy, *(seconds.get(part) for part in PARTS), gain, split])
     header = [
         "pixels",
         "",
@@ -258,12 +278,17 @@ def show_rows(rows: dict[str, dict]) -> str:
     return text
 
 
+def delay_over(link: str, task: Task) -> Callable[[Name], float]:
+    """Seconds that a message takes over one of LINKS."""
+    bandwidth, latency = LINKS[link]
+    return lambda name: latency + task.size(name) / bandwidth
+
+
 def predict(
     family: str, size: int, steps: int, parts: dict[str, float], tiny: bool
 ) -> dict[str, dict[str, float]]:
     """Row -> link -> predicted seconds on two devices with these part times, each fp16 message over its link in turn."""
-    sizes = message_bytes(make_task(family, size, steps, torch.float16, tiny))
-    predicted = {}
+    task, predicted = make_task(family, size, steps, torch.float16, tiny), {}
     for row in (
         "serial",
         "batched",
@@ -272,10 +297,8 @@ def predict(
         "fast",
         *(f"paper-{k}" for k in intervals(steps)),
     ):
-        predicted[row] = {}
-        for link, (bandwidth, latency) in LINKS.items():
-            delays = {kind: latency + count / bandwidth for kind, count in sizes.items()}
-            predicted[row][link] = ideal(plans_of(family, row, steps), parts, delays)
+        schedule = plans_of(family, row, steps, tiny)
+        predicted[row] = {link: ideal(*schedule, parts, delay_over(link, task)) for link in LINKS}
     return predicted
 
 

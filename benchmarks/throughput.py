@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 import time
-from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,40 +24,25 @@ from tiny import free_port, make_task  # noqa: E402
 
 from benchmarks.full_size import in_words, machine, row_plan, table  # noqa: E402
 from hybridiff.batch import Job, take_turns  # noqa: E402
-from hybridiff.denoise import denoise  # noqa: E402
-from hybridiff.timeline import length, part_costs, plan_all, timeline  # noqa: E402
+from hybridiff.denoise import Task, denoise  # noqa: E402
+from hybridiff.timeline import Costs, length, part_costs, plan_all, timeline  # noqa: E402
 from hybridiff.transport import connect, disconnect  # noqa: E402
 
 
-def shares_of(task) -> dict[str, float]:
-    """Each part's share of the network's floating-point operations."""
-    return part_costs(replace(task, denoiser=deepcopy(task.denoiser).to("meta")))
-
-
-def asleep(task, shares: dict[str, float], seconds: float):
-    """The same task, whose network also sleeps: `seconds` for a whole evaluation, a part's share of its floating-point operations for a part."""
+def asleep(task: Task, shares: Costs, seconds: float) -> Task:
+    """The same task, whose network also sleeps: `seconds` for a whole evaluation, a span's share of its floating-point operations for a span."""
     net = task.denoiser
 
     class Sleeping(type(net)):
-        def entry(self, *given):
-            time.sleep(seconds * shares["entry"])
-            return super().entry(*given)
-
-        def inner(self, *given):
-            time.sleep(seconds * shares["inner"])
-            return super().inner(*given)
-
-        def exit(self, *given):
-            time.sleep(seconds * shares["exit"])
-            return super().exit(*given)
+        def run(self, span, *given):
+            time.sleep(seconds * shares[span])
+            return super().run(span, *given)
 
     net.__class__ = Sleeping
     return task
 
 
-def rank_main(
-    rank: int, ranks: int, port: int, args: argparse.Namespace, shares: dict[str, float], folder: str
-) -> None:
+def rank_main(rank: int, ranks: int, port: int, args: argparse.Namespace, shares: Costs, folder: str) -> None:
     """One rank: makes the pictures that fall to its team."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -67,6 +51,7 @@ def rank_main(
     transport.open_lanes(torch.device("cpu"))
     task = asleep(make_task(args.family, args.steps), shares, args.seconds)
     strategy, settings = row_plan(args.family, args.row, args.steps)
+    strategy = strategy.on(task.denoiser)
     jobs, made = [Job(n, Path(), {}) for n in range(args.pictures)], []
     transport.until_all_come()
     start = time.perf_counter()
@@ -95,7 +80,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     strategy, settings = row_plan(args.family, args.row, args.steps)
-    shares = shares_of(make_task(args.family, args.steps))
+    task = make_task(args.family, args.steps)
+    task = replace(task, denoiser=task.denoiser.to("meta"))
+    strategy = strategy.on(task.denoiser)
+    shares = part_costs(task, strategy)
     one = length(timeline(plan_all(strategy, settings), shares)) * args.seconds
     rows, base = [], None
     with tempfile.TemporaryDirectory() as folder:

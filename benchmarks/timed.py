@@ -4,8 +4,8 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Callable, Sequence
@@ -15,41 +15,42 @@ import torch.multiprocessing as mp
 
 from benchmarks.full_size import make_task
 from hybridiff.denoise import Task, denoise
+from hybridiff.partition import Partition, partition
+from hybridiff.schedule import Run
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.transport import Mailbox, Transport, connect, disconnect
+from models.tape import Features, Span
 from tests.tiny import free_port
 
 PARTS = ("entry", "inner", "exit", "whole", "whole, batch 2")
 
 
-def runs_of(task: Task) -> dict[str, Callable]:
-    """What runs each of PARTS under the prompt; "inner" and "exit" take what the last "entry" and "inner" gave."""
-    net, cut, told, dtype = (
-        task.denoiser,
-        task.cuts[0],
-        task.conditioning["cond"],
-        task.conditioning["cond"].text.dtype,
-    )
-    x, t = task.noise.to(dtype), task.sampler.timesteps[:1].to(task.noise.device)
-    both = task.batch("both")
-    inwards = skips = outwards = None  # what crosses the cut, and what stays
+def part_of(run: Run, division: Partition) -> str:
+    """Which of PARTS a run is. Of three spans the first is the entry and the last the exit; of two the first is the inner part."""
+    if run.branch == "both":
+        return "whole, batch 2"
+    if run.span == (0, division.units):
+        return "whole"
+    return PARTS[3 - len(division.spans) + division.spans.index(run.span)]
 
-    def entry():
-        nonlocal inwards, skips
-        inwards, skips = net.entry(x, t, told, cut)
 
-    def inner():
-        nonlocal outwards
-        outwards = net.inner(inwards, t, told, cut)
+def runs_of(task: Task, division: Partition) -> dict[str, Callable]:
+    """What runs each of PARTS under the prompt; a span takes what the last run of the span before it gave."""
+    net, told = task.denoiser, task.conditioning["cond"]
+    x, t = task.noise.to(told.text.dtype), task.sampler.timesteps[:1].to(task.noise.device)
+    both, size = task.batch("both"), task.noise.shape[2:]
+    crossing: dict[int, tuple[Features, dict]] = {0: (x, {})}  # position -> what `run` gave and kept
 
-    runs = (
-        entry,
-        inner,
-        lambda: net.exit(outwards, skips, t, told, cut),
-        lambda: net(x, t, told),
-        lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both),
-    )
-    return dict(zip(PARTS, runs))
+    def run(span: Span) -> None:
+        features, kept = crossing[span[0]]
+        kept = dict(kept)  # a run changes it
+        crossing[span[1]] = net.run(span, features, kept, t, told, size), kept
+
+    runs = {part_of(division.run(span, "cond"), division): partial(run, span) for span in division.spans}
+    return runs | {
+        "whole": lambda: net(x, t, told),
+        "whole, batch 2": lambda: net(x.repeat(2, 1, 1, 1), t.repeat(2), both),
+    }
 
 
 @torch.inference_mode()
@@ -72,11 +73,11 @@ def time_runs(
 
 
 def time_parts(
-    task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS
+    task: Task, transport: Transport, division: Partition, repeats: int, wanted: Sequence[str] = PARTS
 ) -> dict[str, list[float]]:
-    """Seconds of each of the wanted PARTS, `repeats` times; "entry", "inner" and "exit" are wanted together."""
+    """Seconds of each of the wanted PARTS, `repeats` times; the spans are wanted together."""
     return time_runs(
-        {part: run for part, run in runs_of(task).items() if part in wanted},
+        {part: run for part, run in runs_of(task, division).items() if part in wanted},
         transport,
         repeats,
         task.noise.is_cuda,
@@ -84,10 +85,11 @@ def time_parts(
 
 
 def warm_parts(
-    task: Task, transport: Transport, repeats: int, wanted: Sequence[str] = PARTS
+    task: Task, transport: Transport, division: Partition, repeats: int, wanted: Sequence[str] = PARTS
 ) -> dict[str, list[float]]:
     """The same after one run that does not count."""
-    return {part: times[1:] for part, times in time_parts(task, transport, repeats + 1, wanted).items()}
+    seconds = time_parts(task, transport, division, repeats + 1, wanted)
+    return {part: times[1:] for part, times in seconds.items()}
 
 
 def time_run(
@@ -102,14 +104,13 @@ def time_run(
 
     The parts before it are all that warms it up: the first step also makes the first exchange.
     """
-    task = replace(task, cuts=strategy.cuts(task.denoiser))
-    before = warm_parts(task, transport, repeats, wanted)
+    before = warm_parts(task, transport, strategy.partition, repeats, wanted)
     transport.gather(None)  # all ranks start together
     start = time.perf_counter()
     records = list(denoise(task, strategy, settings, transport))
     total = time.perf_counter() - start
     counted, finite = dict(transport.finish()), bool(records[-1].latents.isfinite().all())
-    after = time_parts(task, transport, repeats, wanted)
+    after = time_parts(task, transport, strategy.partition, repeats, wanted)
     parts = {part: before[part] + after[part] for part in before}
     return {
         "seconds": [r.seconds for r in records],
@@ -159,5 +160,6 @@ def on_ranks_with_task(ranks: int, where: dict, work: Callable, **details: objec
 
 def parts_on_cuda(family: str, size: int, repeats: int, tiny: bool) -> dict[str, float]:
     """Seconds of each of PARTS in fp16 on the CUDA device, in this process: medians."""
-    seconds = warm_parts(make_task(family, size, 1, torch.float16, tiny, "cuda"), Mailbox(), repeats)
+    task = make_task(family, size, 1, torch.float16, tiny, "cuda")
+    seconds = warm_parts(task, Mailbox(), partition(task.denoiser, 2), repeats)
     return {part: median(times) for part, times in seconds.items()}

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from benchmarks.full_size import FAMILIES, make_task, row_plan
 from benchmarks.speed import LINKS, by_medians, plans_of, predict
 from hybridiff.denoise import denoise
-from hybridiff.timeline import message_bytes, total_bytes
+from hybridiff.schedule import prediction
+from hybridiff.timeline import total_bytes
 from hybridiff.transport import Mailbox
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -38,7 +38,7 @@ def test_bytes_are_those_the_transport_counts(tmp_path):
         task = make_task(family, 64, 12, torch.float16, True, "cpu")
         for row in ("condition", "paper-5"):
             transport = Mailbox()
-            list(denoise(task, *row_plan(family, row, 12), transport))
+            list(denoise(task, *row_plan(family, row, 12, tiny=True), transport))
             counted = transport.finish()
             assert (
                 results[family][row]["by kind"] == dict(counted)
@@ -80,9 +80,8 @@ def test_speed_runs_resumes_and_counts_bytes(tmp_path, family, rows):
     assert {key: results[key] for key in before} == before
     for row in rows:
         result, task = results[f"{family} 64 16 steps {row}"], make_task(family, 64, 16, dtype, True)
-        if row.startswith(("guided", "inner")):
-            task = replace(task, cuts=(task.denoiser.nested_cut(),))
-        assert result["bytes"] == dict(total_bytes(plans_of(family, row, result["steps"]), task))
+        plans, _ = plans_of(family, row, result["steps"], tiny=True)
+        assert result["bytes"] == dict(total_bytes(plans, task))
         assert [len(seconds) for seconds in result["seconds of each step"]] == [result["steps"]] * result[
             "ranks"
         ]
@@ -115,14 +114,13 @@ def test_some_steps_stand_for_all_where_they_are_alike(tmp_path):
         result = results[f"sdxl 64 9 steps {row}"]
         assert [len(seconds) for seconds in result["seconds of each step"]] == [run] * 2
         assert result["total"] >= 9 / run * sum(result["seconds of each step"][0])
-        assert result["bytes"] == dict(
-            total_bytes(plans_of("sdxl", row, 9), make_task("sdxl", 64, 9, dtype, True))
-        )
+        plans, _ = plans_of("sdxl", row, 9, tiny=True)
+        assert result["bytes"] == dict(total_bytes(plans, make_task("sdxl", 64, 9, dtype, True)))
 
 
 def test_medians_are_taken_within_equal_steps():
     """By hand: four equal steps of median 2.5, and one of another kind."""
-    plans = plans_of("sdxl", "condition", 2) * 2 + plans_of("sdxl", "serial", 1)
+    plans = plans_of("sdxl", "condition", 2)[0] * 2 + plans_of("sdxl", "serial", 1)[0]
     assert by_medians([1.0, 2.0, 9.0, 3.0, 5.0], plans) == 4 * 2.5 + 5.0
 
 
@@ -130,12 +128,19 @@ def test_prediction_adds_up():
     """By hand: two evaluations a step in one rank, or one and the exchange of a prediction; a slower link costs more."""
     parts = {"entry": 0.2, "inner": 0.4, "exit": 0.4, "whole": 1.0, "whole, batch 2": 1.5}
     predicted = predict("sdxl", 64, 50, parts, tiny=True)
-    size = message_bytes(make_task("sdxl", 64, 50, torch.float16, True))["prediction"]
+    size = make_task("sdxl", 64, 50, torch.float16, True).size(prediction("cond"))
     for link, (bandwidth, latency) in LINKS.items():
         assert predicted["serial"][link] == 100 and predicted["batched"][link] == 75
         assert predicted["condition"][link] == pytest.approx(50 * (1 + latency + size / bandwidth))
     fast, slow = predicted["paper-30"].values()
     assert fast < slow < predicted["condition"][list(LINKS)[1]]
+
+
+def test_older_part_times_of_sd3_count_too():
+    """`equal`: files that time what is before the first block as "entry", and those where it is in "inner"."""
+    parts = {"inner": 0.75, "exit": 0.5, "whole": 1.0, "whole, batch 2": 1.5}
+    older = parts | {"entry": 0.25, "inner": 0.5}
+    assert predict("sd3", 64, 50, parts, tiny=True) == predict("sd3", 64, 50, older, tiny=True)
 
 
 def test_graphs_shows_what_was_measured():

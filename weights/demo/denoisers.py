@@ -42,23 +42,22 @@ GRID = 64  # side of the stored grid of positions, in latents
 
 
 class Reading(nn.Module):
-    """A denoiser that also reads the scene from its middle features: what `inner` returns at the cut, cells x cells."""
+    """A denoiser that also reads the scene from its middle features: what crosses position `at`, cells x cells."""
 
-    def __init__(self, denoiser: UNet | MMDiT, cut: int | tuple[int, int], width: int, cells: int):
+    def __init__(self, denoiser: UNet | MMDiT, at: int, width: int, cells: int):
         super().__init__()
-        self.denoiser, self.cut, self.cells = denoiser, cut, cells
+        self.denoiser, self.at, self.cells = denoiser, at, cells
         self.reader = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS) + PARTS**2)
 
     def forward(
         self, x: Tensor, t: Tensor, conditioning: UNetConditioning | MMDiTConditioning
     ) -> tuple[Tensor, Tensor]:
         """-> the denoiser's prediction and logits [B, cells^2, shapes + colours + parts of a cell]."""
-        crossing, local = self.denoiser.entry(x, t, conditioning, self.cut)
-        middle = self.denoiser.inner(crossing, t, conditioning, self.cut)
-        states = middle[0]  # U-Net (B, C, cells, cells), MMDiT (B, cells^2, C)
-        states = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+        net, step = self.denoiser, ({}, t, conditioning, x.shape[2:])
+        middle = net.run((0, self.at), x, *step)  # U-Net (B, C, cells, cells), MMDiT (B, cells^2, C) and text
+        states = middle.flatten(2).transpose(1, 2) if isinstance(middle, Tensor) else middle[0]
         read = self.reader(F.layer_norm(states, states.shape[-1:]))
-        return self.denoiser.exit(middle, local, t, conditioning, self.cut), read
+        return net.run((self.at, net.units), middle, *step), read
 
 
 def cells(scene: Scene, side: int) -> Tensor:
@@ -99,7 +98,8 @@ class SDXLDemo(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.denoiser = UNet(UNetConfig(**UNET))
-        self.reading = Reading(self.denoiser, 6, 3 * UNET["channels"], cells=8)  # on the way up
+        at = self.denoiser.units - 6  # on the way up
+        self.reading = Reading(self.denoiser, at, 3 * UNET["channels"], cells=8)
         for name, weight in self.denoiser.named_parameters():
             if any(part in name for part in ("out_layers.3.", "proj_out.", "out.2.")):
                 nn.init.zeros_(weight)
@@ -174,9 +174,7 @@ class SD3Demo(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.denoiser = MMDiT(MMDiTConfig(**MMDIT, patch=patch, positions=GRID // patch))
-        self.reading = Reading(
-            self.denoiser, (0, MMDIT["depth"] // 2), MMDIT["width"], cells=SIDE // 8 // patch
-        )
+        self.reading = Reading(self.denoiser, MMDIT["depth"] // 2, MMDIT["width"], cells=SIDE // 8 // patch)
         initialise_mmdit(self.denoiser)
 
     def refined(self) -> "SD3Demo":
