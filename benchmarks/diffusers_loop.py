@@ -19,7 +19,7 @@ from hybridiff.samplers import TRAINING_STEPS
 from models.mmdit import MMDiT, MMDiTConfig
 from models.unet import UNetConfig
 from tests.small import undo
-from weights.layouts import translate
+from weights.names import translate
 
 
 def unet_sizes(c: UNetConfig) -> dict:
@@ -48,11 +48,10 @@ def mmdit_sizes(c: MMDiTConfig) -> dict:
 def carry(net: nn.Module, side: int) -> nn.Module:
     """Their network with the weights of ours, copied; `side` of the latents is only their default."""
     mmdit = isinstance(net, MMDiT)
-    kind = "mmdit" if mmdit else "unet"
     make, sizes = (SD3Transformer2DModel, mmdit_sizes) if mmdit else (UNet2DConditionModel, unet_sizes)
     with torch.device("meta"):
         theirs = make(sample_size=side, **sizes(net.config))
-    sources, _ = translate(kind, theirs.state_dict())
+    sources, _ = translate(type(net), theirs.state_dict())
     theirs.load_state_dict(undo(sources, net.state_dict()), strict=True, assign=True)
     return theirs.eval().requires_grad_(False)
 

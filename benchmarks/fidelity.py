@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.full_size import in_words, intervals, machine, table, with_interval  # noqa: E402
 from hybridiff.denoise import Task, denoise  # noqa: E402
 from hybridiff.page import psnr  # noqa: E402
-from hybridiff.pipeline import GUIDANCE, decode, draw_noise  # noqa: E402
+from hybridiff.pipeline import decode, draw_noise  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
 from hybridiff.report import write_whole  # noqa: E402
 from hybridiff.samplers import make_sampler  # noqa: E402
@@ -74,7 +74,7 @@ class Studio:
 
     def __init__(self, checkpoint: Checkpoint, prompts: int, seeds: list[int]):
         self.checkpoint = checkpoint
-        self.guidance = checkpoint.defaults.get("guidance", GUIDANCE[checkpoint.family])
+        self.guidance = checkpoint.defaults.get("guidance", checkpoint.model.guidance)
         self.drawn = [sample(f"prompts of {9 + seeds[0]}", index) for index in range(prompts)]
         self.jobs = [(index, seed) for seed in seeds for index in range(prompts)]
         self.height, self.width = (checkpoint.defaults.get(name, SIDE) for name in ("height", "width"))
@@ -90,11 +90,11 @@ class Studio:
 
     def task(self, row: Row, index: int, seed: int, guidance: float | None = None) -> Task:
         """What there is to do for one picture."""
-        family, vae = self.checkpoint.family, self.checkpoint.config("vae")
-        noise = draw_noise(
-            vae.latent_channels, self.height // vae.factor, self.width // vae.factor, 1000 * seed + index
+        model, vae = self.checkpoint.model, self.checkpoint.config("vae")
+        noise = draw_noise(model.latents((self.height, self.width), vae), 1000 * seed + index)
+        sampler = make_sampler(
+            model.prediction, row.sampler, row.steps, self.checkpoint.defaults.get("shift", 3.0)
         )
-        sampler = make_sampler(family, row.sampler, row.steps, self.checkpoint.defaults.get("shift", 3.0))
         return Task(self.denoiser, sampler, self.told[index], guidance or self.guidance, noise)
 
     def picture(self, row: Row, task: Task) -> tuple[Tensor, list[float | None]]:

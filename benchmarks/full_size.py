@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from hybridiff.denoise import Task
-from hybridiff.pipeline import GUIDANCE, draw_noise
-from hybridiff.presets import PAPER_RULES, PRESETS, usual_reuse
+from hybridiff.pipeline import draw_noise
+from hybridiff.presets import PRESETS, usual_reuse
 from hybridiff.samplers import make_sampler
 from hybridiff.strategies import STRATEGIES, Settings, Strategy
 from hybridiff.switching import SwitchRule
+from models import family_of
 from models.embeddings import sinusoid
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.unet import UNet, UNetConditioning, UNetConfig
@@ -121,8 +122,9 @@ def make_task(
         told = {text: MMDiTConditioning(*pair) for text, pair in told.items()}
     told = {text: type(value)(*(t.to(device) for t in value)) for text, value in told.items()}
     channels = config.in_channels if family == "sdxl" else config.latent_channels
-    noise = draw_noise(channels, size // FACTOR, size // FACTOR, SEED).to(device)
-    return Task(net.to(device), make_sampler(family, None, steps), told, GUIDANCE[family], noise)
+    noise = draw_noise((1, channels, size // FACTOR, size // FACTOR), SEED).to(device)
+    model = family_of(family)
+    return Task(net.to(device), make_sampler(model.prediction, None, steps), told, model.guidance, noise)
 
 
 def intervals(steps: int) -> list[int]:
@@ -153,7 +155,9 @@ def row_plan(
         settings = Settings(
             steps,
             with_interval(
-                SwitchRule(window=steps + 1, slope=0.0, cap=PAPER_RULES[family].cap), steps, int(number)
+                SwitchRule(window=steps + 1, slope=0.0, cap=family_of(family).switch["cap"]),
+                steps,
+                int(number),
             ),
         )
     return STRATEGIES[name].on(on_meta(family, tiny), ranks), settings

@@ -27,6 +27,7 @@ from hybridiff.samplers import FlowEuler, Sampler, make_sampler  # noqa: E402
 from hybridiff.strategies import STRATEGIES, Settings  # noqa: E402
 from hybridiff.switching import SwitchRule, find_switch  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
+from models import family_of  # noqa: E402
 from models.embeddings import sinusoid  # noqa: E402
 from models.mmdit import MMDiTConditioning  # noqa: E402
 from models.unet import UNetConditioning  # noqa: E402
@@ -85,7 +86,7 @@ def build_sampler(facts: dict) -> Sampler:
         facts["num_inference_steps"],
         facts["scheduler"]["config"],
     )
-    sampler = make_sampler(facts["model_kind"], name, steps)
+    sampler = make_sampler(family_of(facts["model_kind"]).prediction, name, steps)
     return FlowEuler(steps, float(config["shift"])) if name == "flow" else sampler
 
 

@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridiff.pipeline import GUIDANCE, Request, generate  # noqa: E402
-from hybridiff.presets import PAPER_RULES  # noqa: E402
+from hybridiff.pipeline import Request, generate  # noqa: E402
+from hybridiff.presets import paper_rule  # noqa: E402
 from hybridiff.transport import Mailbox  # noqa: E402
 from weights.demo.checker import compare, percent, shares  # noqa: E402
 from weights.demo.scenes import render, sample  # noqa: E402
@@ -59,7 +59,9 @@ def main() -> None:
             f"--weights {args.weights} is of family {checkpoint.family}: give --family {checkpoint.family}."
         )
     guidance = (
-        checkpoint.defaults.get("guidance", GUIDANCE[args.family]) if args.guidance is None else args.guidance
+        checkpoint.defaults.get("guidance", checkpoint.model.guidance)
+        if args.guidance is None
+        else args.guidance
     )
     trained = {said("train", index) for index in range(LATENTS)}
     drawn = [sample(f"prompts of {args.seed}", index) for index in range(args.prompts)]
@@ -77,7 +79,7 @@ def main() -> None:
             args.seed * 100000 + index,
             None,
             "serial",
-            PAPER_RULES[args.family],
+            paper_rule(checkpoint.model.switch, 50),
             torch.float32,
         )
         image = (

@@ -11,7 +11,9 @@ import torch
 from benchmarks.fidelity import Row, Studio, fewer, ssim
 from benchmarks.frontier import kind, measured_speed, on_one_device, plot, rows_of
 from hybridiff.page import psnr
-from hybridiff.presets import PAPER_RULES, PRESETS, paper_rule, usual_reuse
+from hybridiff.presets import PRESETS, paper_rule, usual_reuse
+from hybridiff.switching import SwitchRule
+from models import FAMILIES
 from hybridiff.strategies import Reuse
 from weights.load import open_checkpoint
 
@@ -72,10 +74,10 @@ def test_presets_scale_with_the_steps():
     assert saved["balanced"][40].count == 12 and saved["fast"][40].count == 19
     assert usual_reuse(1, PRESETS["fast"].share).spread(1) == []
     assert usual_reuse(50, PRESETS["balanced"].share, start=30).count == 6  # of 30 .. 44
-    for family, rule in PAPER_RULES.items():
-        assert paper_rule(family, 50) == rule
+    for family in FAMILIES:
+        assert paper_rule(family.switch, 50) == SwitchRule(**family.switch)
         assert all(
-            paper_rule(family, steps).cap + paper_rule(family, steps).interval <= steps
+            paper_rule(family.switch, steps).cap + paper_rule(family.switch, steps).interval <= steps
             for steps in range(10, 101)
         )
 

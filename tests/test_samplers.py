@@ -74,11 +74,11 @@ def test_schedule_and_trajectory(name, steps):
 
 
 def test_refusals():
-    for family, name, steps in (
-        ("sdxl", "flow", 50),
-        ("sd3", "ddim", 50),
-        ("sdxl", None, 0),
-        ("sd3", None, 1000),
+    for prediction, name, steps in (
+        ("epsilon", "flow", 50),
+        ("flow", "ddim", 50),
+        ("epsilon", None, 0),
+        ("flow", None, 1000),
     ):
         with pytest.raises(UsageError):
-            make_sampler(family, name, steps)
+            make_sampler(prediction, name, steps)
