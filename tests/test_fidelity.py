@@ -38,7 +38,7 @@ def test_rows():
         and exact["SSIM"] == pytest.approx(1)
         and exact["speed-up"] == pytest.approx(2)
     )
-    saved = studio.measure(Row("step-extrapolation", "step-extrapolation", 8, 8, reuse=Reuse(3, 2)))
+    saved = studio.measure(Row("step-extrapolation", "step-extrapolation", 8, 8, reuse=Reuse(3, 2, end=2)))
     assert (
         saved["equal"] == 0
         and saved["worst PSNR"] <= saved["PSNR"] < 100
