@@ -188,6 +188,20 @@ def test_nothing_reused_equals_serial(family, strategy):
     assert not torch.equal(serial[3:], some[3:])
 
 
+@pytest.mark.parametrize("strategy, skipping", [
+    ("step-extrapolation", [4, 5, 6]),  # 4 and 6 are skipped
+    ("inner-reuse", [4, 5, 6]),  # 4 and 6 are skipped in part
+    ("guided-pipeline", [3, 4]),  # both are
+])  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_middle_stage_ends_with_the_last_skipped_step(family, strategy, skipping):
+    """9 steps, two of 3 .. 6 skipped: `skipping` from the first skipped step to the last one, both included."""
+    stages = run(family, strategy, 9, Reuse(start=3, count=2, end=2))["stages"]
+    first, last = skipping[0], skipping[-1]
+    expected = ["warm-up"] * first + ["skipping"] * len(skipping) + ["fully-connecting"] * (8 - last)
+    assert stages == expected
+
+
 def by_hand(family: str, strategy: str, task, latents):
     """The guided predictions of steps 1 to 6 with steps 4 and 6 (in the pipeline, 3 to 6) skipped; no schedule, no store."""
     net, size, guided = task.denoiser, task.noise.shape[2:], {}

@@ -15,6 +15,7 @@ from hybridiff.samplers import make_sampler
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
 from hybridiff.transport import Mailbox, connect, disconnect
+from models import family_of
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.tape import spans_between
 from models.unet import UNet, UNetConditioning, UNetConfig
@@ -56,7 +57,7 @@ def make_task(
     kind = UNetConditioning if family == "sdxl" else MMDiTConditioning
     conditioning = {text: kind(torch.randn(1, 6, 24), torch.randn(1, 20)) for text in ("cond", "uncond")}
     noise = torch.randn(1, 4, 8, 12)
-    return Task(denoiser.eval(), make_sampler(family, sampler, steps), conditioning, guidance, noise)
+    return Task(denoiser.eval(), make_sampler(family_of(family).prediction, sampler, steps), conditioning, guidance, noise)
 
 
 def run(
