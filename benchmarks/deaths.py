@@ -54,7 +54,7 @@ def held(port: int) -> bool:
 def start(
     options: list[list[str]], folder: Path, script: tuple[str, ...] = (str(SCRIPT),), port: int | None = None
 ) -> list[subprocess.Popen]:
-    """Ranks as processes of this one, each with options of its own and its words in folder/said-RANK."""
+    """TorchTransport as processes of this one, each with options of its own and its words in folder/said-RANK."""
     each, port = [], port or free_port(1)
     for rank, given in enumerate(options):
         env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(options)), "MASTER_ADDR": "127.0.0.1",

@@ -51,7 +51,7 @@ def arm(place: str, how: str, mark: Path) -> None:
     """Put the death before the function in which the place begins."""
     import hybridiff.denoise
     import hybridiff.pipeline
-    import hybridiff.transport
+    import hybridiff.distributed.transport
     import train_free_sample
     from weights.load import Checkpoint
 
@@ -81,7 +81,7 @@ def arm(place: str, how: str, mark: Path) -> None:
         before(os, "link")
     if place in ("decode", "save"):  # the ranks that do neither wait for rank 0 there
         before(
-            hybridiff.transport.Ranks,
+            hybridiff.distributed.transport.TorchTransport,
             "gather",
             lambda transport, *rest: transport.rank > 0 and transport.doing == place,
         )
@@ -90,7 +90,7 @@ def arm(place: str, how: str, mark: Path) -> None:
 def main() -> int:
     place, how, rank, mark, *options = sys.argv[1:]
     import train_free_sample
-    from hybridiff.ending import end_of_work, end_on_interrupt, prepare_streams
+    from hybridiff.app.console import end_of_work, end_on_interrupt, prepare_streams
 
     sys.argv[:] = [train_free_sample.__file__, *options]
     prepare_streams()

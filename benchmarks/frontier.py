@@ -30,7 +30,7 @@ from benchmarks.fidelity import (
 )  # noqa: E402
 from benchmarks.full_size import SHARES, in_words, intervals, table  # noqa: E402
 from benchmarks.speed import SIZES  # noqa: E402
-from hybridiff.charts import tag  # noqa: E402
+from hybridiff.app.report.charts import tag  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
 

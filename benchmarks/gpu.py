@@ -54,7 +54,7 @@ from benchmarks.gpu_tools import (  # noqa: E402
     synchronize,
     time_call,
 )  # fmt: skip
-from hybridiff.page import psnr  # noqa: E402
+from hybridiff.app.report.page import psnr  # noqa: E402
 from models.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from models.mmdit import JointBlock, MMDiT, RMSNorm  # noqa: E402
 from models.unet import ResBlock, TransformerBlock  # noqa: E402
@@ -407,12 +407,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    say = parser.add_argument
-    say("--json", type=Path, metavar="FILE", required=True, help="of the results; with --show they are there")
-    say("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; they come in this order")
-    say("--minutes", type=float, default=8, help="time for everything, imports included")
-    say("--tiny", action="store_true", help="test this script: small networks on the CPU with stand-ins")
-    say("--show", action="store_true", help="measure nothing, print what FILE holds")
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", required=True, help="of the results; with --show they are there")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; they come in this order")
+    add("--minutes", type=float, default=8, help="time for everything, imports included")
+    add("--tiny", action="store_true", help="test this script: small networks on the CPU with stand-ins")
+    add("--show", action="store_true", help="measure nothing, print what FILE holds")
     args = parser.parse_args()
     if args.show:
         if not args.json.is_file():

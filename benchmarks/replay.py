@@ -26,7 +26,7 @@ from hybridiff.errors import UsageError  # noqa: E402
 from hybridiff.samplers import FlowEuler, Sampler, make_sampler  # noqa: E402
 from hybridiff.strategies import STRATEGIES, Settings  # noqa: E402
 from hybridiff.switching import SwitchRule, find_switch  # noqa: E402
-from hybridiff.transport import Mailbox  # noqa: E402
+from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from models import family_of  # noqa: E402
 from models.embeddings import sinusoid  # noqa: E402
 from models.mmdit import MMDiTConditioning  # noqa: E402
@@ -140,11 +140,11 @@ def replay(recording: Recording) -> tuple[bool, str]:
     told = conditioning(recording, config.get("addition_time_embed_dim") or 256)
     task = Task(denoiser, sampler, told, float(facts["guidance_scale"]), tensors["init_noise"])
     strategy = STRATEGIES["paper" if recording.hybrid else "serial"].on(denoiser)
-    records = list(denoise(task, strategy, Settings(steps, rule), Mailbox()))
+    records = list(denoise(task, strategy, Settings(steps, rule), LocalTransport()))
 
     schedule = [
         error(sampler.timesteps, tensors["timesteps"]),
-        error(sampler.start(task.noise), tensors["latents_0"]),
+        error(sampler.scale_noise(task.noise), tensors["latents_0"]),
     ]
     if "sigmas" in tensors:
         schedule.append(error(sampler.sigmas, tensors["sigmas"]))

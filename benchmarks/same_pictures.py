@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.full_size import in_words, machine  # noqa: E402
-from hybridiff.pipeline import Request, generate  # noqa: E402
+from hybridiff.request import Request  # noqa: E402
+from hybridiff.pipeline import generate  # noqa: E402
 from hybridiff.presets import paper_rule, usual_reuse  # noqa: E402
-from hybridiff.report import save_picture, settings_of  # noqa: E402
+from hybridiff.app.files import save_picture  # noqa: E402
+from hybridiff.app.report.record import settings_of  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
-from hybridiff.transport import Mailbox, Transport, connect, disconnect  # noqa: E402
+from hybridiff.distributed.transport import LocalTransport, Transport, connect, disconnect  # noqa: E402
 from tests.tiny import free_port  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
@@ -81,7 +83,7 @@ def on_rank(rank: int, port: int, requests: list[tuple[str, Request]], folder: s
             x.bfloat16().to(x.dtype), *rest
         )  # as matmuls in bf16 see their input
     transport = connect()
-    transport.open_lanes(CPU)
+    transport.open_channels(CPU)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(make(requests, transport, Path(folder))))
     disconnect()
 
@@ -97,7 +99,7 @@ def in_one_process(requests: list[tuple[str, Request]]) -> list[dict]:
     """The same in this process."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return make(requests, Mailbox(), Path(folder))
+        return make(requests, LocalTransport(), Path(folder))
 
 
 def main() -> int:

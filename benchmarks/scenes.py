@@ -16,9 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridiff.pipeline import Request, generate  # noqa: E402
+from hybridiff.request import Request  # noqa: E402
+from hybridiff.pipeline import generate  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
-from hybridiff.transport import Mailbox  # noqa: E402
+from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from weights.demo.checker import compare, percent, shares  # noqa: E402
 from weights.demo.scenes import render, sample  # noqa: E402
 from weights.demo.text_encoders import said  # noqa: E402
@@ -83,7 +84,7 @@ def main() -> None:
             torch.float32,
         )
         image = (
-            generate(checkpoint, request, Mailbox(), torch.device("cpu")).image.permute(2, 0, 1) / 127.5 - 1
+            generate(checkpoint, request, LocalTransport(), torch.device("cpu")).image.permute(2, 0, 1) / 127.5 - 1
         )
         verdicts.append(compare(scene, caption, image))
         pictures.append(image)

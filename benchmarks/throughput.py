@@ -23,10 +23,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny import free_port, make_task  # noqa: E402
 
 from benchmarks.full_size import in_words, machine, row_plan, table  # noqa: E402
-from hybridiff.batch import Job, take_turns  # noqa: E402
+from hybridiff.app.batch import Job, take_turns  # noqa: E402
 from hybridiff.denoise import Task, denoise  # noqa: E402
-from hybridiff.timeline import Costs, length, part_costs, plan_all, timeline  # noqa: E402
-from hybridiff.transport import connect, disconnect  # noqa: E402
+from hybridiff.cost import Costs, length, part_costs, plan_all, timeline  # noqa: E402
+from hybridiff.distributed.transport import connect, disconnect  # noqa: E402
 
 
 def asleep(task: Task, shares: Costs, seconds: float) -> Task:
@@ -48,21 +48,21 @@ def rank_main(rank: int, ranks: int, port: int, args: argparse.Namespace, shares
     torch.set_num_threads(1)
     transport = connect(timedelta(seconds=120))
     transport.divide(2)
-    transport.open_lanes(torch.device("cpu"))
+    transport.open_channels(torch.device("cpu"))
     task = asleep(make_task(args.family, args.steps), shares, args.seconds)
     strategy, settings = row_plan(args.family, args.row, args.steps)
     strategy = strategy.on(task.denoiser)
     jobs, made = [Job(n, Path(), {}) for n in range(args.pictures)], []
-    transport.until_all_come()
+    transport.wait_for_all()
     start = time.perf_counter()
     for job in take_turns(jobs, transport):
         for _ in denoise(task, strategy, settings, transport):
             transport.add("steps") if transport.rank == 0 else None
-        transport.finish()
+        transport.flush()
         made.append(job.number)
     seconds = time.perf_counter() - start
     (Path(folder) / f"{ranks}-{rank}.json").write_text(
-        json.dumps({"seconds": seconds, "team": transport.team, "made": made})
+        json.dumps({"seconds": seconds, "team": transport.replica, "made": made})
     )
     disconnect()
 

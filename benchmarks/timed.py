@@ -18,7 +18,7 @@ from hybridiff.denoise import Task, denoise
 from hybridiff.partition import Partition, partition
 from hybridiff.schedule import Run
 from hybridiff.strategies import Settings, Strategy
-from hybridiff.transport import Mailbox, Transport, connect, disconnect
+from hybridiff.distributed.transport import LocalTransport, Transport, connect, disconnect
 from models.tape import Features, Span
 from tests.tiny import free_port
 
@@ -61,7 +61,7 @@ def time_runs(
     seconds: dict[str, list[float]] = {part: [] for part in runs}
     for _ in range(repeats):
         for part, run in runs.items():
-            transport.gather(None)
+            transport.all_gather(None)
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -105,11 +105,11 @@ def time_run(
     The parts before it are all that warms it up: the first step also makes the first exchange.
     """
     before = warm_parts(task, transport, strategy.partition, repeats, wanted)
-    transport.gather(None)  # all ranks start together
+    transport.all_gather(None)  # all ranks start together
     start = time.perf_counter()
     records = list(denoise(task, strategy, settings, transport))
     total = time.perf_counter() - start
-    counted, finite = dict(transport.finish()), bool(records[-1].latents.isfinite().all())
+    counted, finite = dict(transport.flush()), bool(records[-1].latents.isfinite().all())
     after = time_parts(task, transport, strategy.partition, repeats, wanted)
     parts = {part: before[part] + after[part] for part in before}
     return {
@@ -133,7 +133,7 @@ def on_rank(rank: int, ranks: int, port: int, folder: str, body: Callable, given
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     transport = connect(timedelta(hours=1))
-    transport.open_lanes(torch.device("cpu"))
+    transport.open_channels(torch.device("cpu"))
     result = body(transport, *given)
     disconnect()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
@@ -161,5 +161,5 @@ def on_ranks_with_task(ranks: int, where: dict, work: Callable, **details: objec
 def parts_on_cuda(family: str, size: int, repeats: int, tiny: bool) -> dict[str, float]:
     """Seconds of each of PARTS in fp16 on the CUDA device, in this process: medians."""
     task = make_task(family, size, 1, torch.float16, tiny, "cuda")
-    seconds = warm_parts(task, Mailbox(), partition(task.denoiser, 2), repeats)
+    seconds = warm_parts(task, LocalTransport(), partition(task.denoiser, 2), repeats)
     return {part: median(times) for part, times in seconds.items()}

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridiff.clock import Bar, Clock
+from hybridiff.distributed.transport import Shapes, Transport
 from hybridiff.guidance import discrepancy, guide
-from hybridiff.samplers import Last, Sampler
+from hybridiff.samplers import Previous, Sampler
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
@@ -34,8 +34,7 @@ from hybridiff.schedule import (
     prediction,
 )
 from hybridiff.strategies import Settings, Strategy
-from hybridiff.switching import Stage, average_fall
-from hybridiff.transport import Shapes, Transport
+from hybridiff.switching import Stage, Switch, average_fall
 from models.tape import Shard
 
 
@@ -88,8 +87,8 @@ class Worker:
 
     def __init__(self, rank: int, task: Task, transport: Transport):
         self.rank, self.task, self.transport = rank, task, transport
-        self.latents = task.sampler.start(task.noise)
-        self.last: Last = None
+        self.latents = task.sampler.scale_noise(task.noise)
+        self.previous: Previous = None
         self.store: dict[Name, Any] = {}
         self.older: dict[Name, Any] = {}  # of what may be extrapolated, the value before the one in the store
         self.oldest: Tensor | None = None  # the guided prediction before that
@@ -124,7 +123,7 @@ class Worker:
         t = task.sampler.timesteps[i - late, None].to(task.noise.device)
 
         def latents() -> Tensor:
-            return task.sampler.network_input(self.latents, i).to(conditioning.text.dtype)
+            return task.sampler.scale_input(self.latents, i).to(conditioning.text.dtype)
 
         match operation:
             case Run(span, "both"):
@@ -170,8 +169,8 @@ class Worker:
                 )
             case Step(along):
                 now = self.latents, self.store[along].float()
-                self.latents = self.task.sampler.step(*now, i, self.last)
-                self.last = now
+                self.latents = self.task.sampler.step(*now, i, self.previous)
+                self.previous = now
 
 
 class StepRecord(NamedTuple):
@@ -183,32 +182,61 @@ class StepRecord(NamedTuple):
     slope: float | None  # the average fall that the switch looks at
     seconds: float
     latents: Tensor  # (1, C, h, w) after the step, fp32
-    bars: list[Bar]  # the operations of this process, in seconds from the start of the loop
+    switch: Switch | None = None  # the paper's, once it is decided
+
+
+class Watch:
+    """What is told how the work goes. This one keeps nothing; `hybridiff.app.profile.Profile` keeps times and memory."""
+
+    def begin(self) -> None:
+        """The first step begins."""
+
+    def mark(self) -> Any:
+        """This moment."""
+
+    def note(self, rank: int, step: int, operation: Operation, begun: Any) -> None:
+        """An operation went on from `begun`, a mark, until now."""
+
+    def phase(self, name: str) -> None:
+        """A phase has ended: "text", "load", a step's stage, "decode"."""
+
+    def bars(self) -> list:
+        """What was kept of operations, as `hybridiff.cost.Bar`."""
+        return []
+
+    def memory(self) -> dict:
+        """What was kept of memory."""
+        return {}
 
 
 @torch.inference_mode()
-def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Transport) -> Iterator[StepRecord]:
+def denoise(
+    task: Task, strategy: Strategy, settings: Settings, transport: Transport, watch: Watch | None = None
+) -> Iterator[StepRecord]:
     """Make one picture's latents, step by step. The last record's latents are the result.
 
-    With a `Mailbox` all ranks of the strategy are played here; with `Ranks` this process is one of them. Where the strategy is for one
-    rank and there are more, each makes the whole picture.
+    With a `LocalTransport` all ranks of the strategy are played here; with a `TorchTransport` this process is one of them. Where the
+    strategy is for one rank and there are more, each makes the whole picture.
     """
     here = range(strategy.ranks) if transport.world == 1 else [transport.rank]
     workers = {rank: Worker(rank, task, transport) for rank in here}
     history: list[float | None] = []  # discrepancies; those that decide are the same bits on every rank
-    clock = Clock(task.noise.device)
+    watch = watch or Watch()
+    watch.begin()
+
+    def arrived(receive: Receive, rank: int) -> bool:
+        return transport.arrived(receive.source, rank)
+
     for i in range(settings.steps):
         start, transport.step = time.perf_counter(), i
         plan = strategy.plan(i, history, settings)
         lists = [(rank, plan.operations[rank % strategy.ranks]) for rank in here]
-        for rank, operation in interleave(
-            lists, lambda receive, rank: transport.arrived(receive.source, rank)
-        ):
-            begun, transport.doing = clock.mark(), operation
+        for rank, operation in interleave(lists, arrived):
+            begun, transport.doing = watch.mark(), operation
             workers[rank].perform(operation, i)
-            clock.note(rank, i, operation, begun)
+            watch.note(rank, i, operation, begun)
         first = workers[here[0]]
-        transport.settle()
+        transport.synchronize()
         measured = first.store.pop(DISCREPANCY, None)
         history.append(
             None if measured is None else float(measured)
@@ -217,7 +245,7 @@ def denoise(task: Task, strategy: Strategy, settings: Settings, transport: Trans
             torch.cuda.synchronize()  # so that the seconds of pipelined steps are true
         seconds = time.perf_counter() - start
         slope = known_fall(i, history, settings)
-        yield StepRecord(i, plan.stage, history[i], slope, seconds, first.latents, clock.take())
+        yield StepRecord(i, plan.stage, history[i], slope, seconds, first.latents, plan.switch)
 
 
 def known_fall(i: int, history: list[float | None], settings: Settings) -> float | None:

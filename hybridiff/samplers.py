@@ -1,16 +1,16 @@
 """Samplers with the update rule in plain sight: DDIM, Euler, DPM++ 2M for noise predictions, Euler, DPM++ 2M for velocities.
 
-All have the same face: `timesteps` (what the network is told at each step, fp32), `start` (unit noise -> first latents),
-`network_input` and `step`, which is given latents and prediction of the step before too (None at the first). Latents stay in fp32. Schedules: scaled-linear betas of Stable Diffusion (1000 steps, leading
+All have the same face: `timesteps` (what the network is told at each step, fp32), `scale_noise` (unit noise -> first latents),
+`scale_input` and `step`, which is given latents and prediction of the step before too (None at the first). Latents stay in fp32. Schedules: scaled-linear betas of Stable Diffusion (1000 steps, leading
 spacing, offset 1) and the twice-shifted sigmas of SD3, as in the scheduler configs of the official folders.
 """
 
 import torch
 from torch import Tensor
 
-Last = tuple[Tensor, Tensor] | None  # latents and prediction of the step before
-
 from hybridiff.errors import UsageError
+
+Previous = tuple[Tensor, Tensor] | None  # latents and prediction of the step before
 
 TRAINING_STEPS = 1000
 
@@ -36,13 +36,13 @@ class DDIM:
         self.next_alphas = torch.where(previous >= 0, alphas[previous.clamp(min=0)], alphas[0])
         self.timesteps = timesteps.float()
 
-    def start(self, noise: Tensor) -> Tensor:
+    def scale_noise(self, noise: Tensor) -> Tensor:
         return noise
 
-    def network_input(self, latents: Tensor, i: int) -> Tensor:
+    def scale_input(self, latents: Tensor, i: int) -> Tensor:
         return latents
 
-    def step(self, latents: Tensor, noise: Tensor, i: int, last: Last = None) -> Tensor:
+    def step(self, latents: Tensor, noise: Tensor, i: int, previous: Previous = None) -> Tensor:
         """Latents of step i and the predicted noise -> latents of step i + 1."""
         a, a_next = self.alphas[i], self.next_alphas[i]
         clean = (latents - (1 - a).sqrt() * noise) / a.sqrt()
@@ -58,13 +58,13 @@ class Euler:
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
         self.timesteps = timesteps.float()
 
-    def start(self, noise: Tensor) -> Tensor:
+    def scale_noise(self, noise: Tensor) -> Tensor:
         return noise * (self.sigmas[0] ** 2 + 1).sqrt()
 
-    def network_input(self, latents: Tensor, i: int) -> Tensor:
+    def scale_input(self, latents: Tensor, i: int) -> Tensor:
         return latents / (self.sigmas[i] ** 2 + 1).sqrt()
 
-    def step(self, latents: Tensor, noise: Tensor, i: int, last: Last = None) -> Tensor:
+    def step(self, latents: Tensor, noise: Tensor, i: int, previous: Previous = None) -> Tensor:
         """Latents of step i and the predicted noise -> latents of step i + 1."""
         return latents + (self.sigmas[i + 1] - self.sigmas[i]) * noise
 
@@ -82,13 +82,13 @@ class FlowEuler:
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
         self.timesteps = self.sigmas[:-1] * TRAINING_STEPS
 
-    def start(self, noise: Tensor) -> Tensor:
+    def scale_noise(self, noise: Tensor) -> Tensor:
         return noise
 
-    def network_input(self, latents: Tensor, i: int) -> Tensor:
+    def scale_input(self, latents: Tensor, i: int) -> Tensor:
         return latents
 
-    def step(self, latents: Tensor, velocity: Tensor, i: int, last: Last = None) -> Tensor:
+    def step(self, latents: Tensor, velocity: Tensor, i: int, previous: Previous = None) -> Tensor:
         """Latents of step i and the predicted velocity (noise - image) -> latents of step i + 1."""
         return latents + (self.sigmas[i + 1] - self.sigmas[i]) * velocity
 
@@ -117,18 +117,18 @@ class DPM:
         self.alphas, self.sigmas = signal.sqrt().float(), (1 - signal).sqrt().float()
         self.timesteps = timesteps.float()
 
-    def start(self, noise: Tensor) -> Tensor:
+    def scale_noise(self, noise: Tensor) -> Tensor:
         return noise
 
-    def network_input(self, latents: Tensor, i: int) -> Tensor:
+    def scale_input(self, latents: Tensor, i: int) -> Tensor:
         return latents
 
     def clean(self, latents: Tensor, noise: Tensor, i: int) -> Tensor:
         return (latents - self.sigmas[i] * noise) / self.alphas[i]
 
-    def step(self, latents: Tensor, noise: Tensor, i: int, last: Last = None) -> Tensor:
+    def step(self, latents: Tensor, noise: Tensor, i: int, previous: Previous = None) -> Tensor:
         """Latents of step i and the predicted noise -> latents of step i + 1."""
-        older = self.clean(*last, i - 1) if last else None
+        older = self.clean(*previous, i - 1) if previous else None
         return second_order(latents, self.clean(latents, noise, i), older, self.alphas, self.sigmas, i)
 
 
@@ -138,9 +138,9 @@ class FlowDPM(FlowEuler):
     def clean(self, latents: Tensor, velocity: Tensor, i: int) -> Tensor:
         return latents - self.sigmas[i] * velocity
 
-    def step(self, latents: Tensor, velocity: Tensor, i: int, last: Last = None) -> Tensor:
+    def step(self, latents: Tensor, velocity: Tensor, i: int, previous: Previous = None) -> Tensor:
         """Latents of step i and the predicted velocity (noise - image) -> latents of step i + 1."""
-        older = self.clean(*last, i - 1) if last else None
+        older = self.clean(*previous, i - 1) if previous else None
         return second_order(latents, self.clean(latents, velocity, i), older, 1 - self.sigmas, self.sigmas, i)
 
 
@@ -160,8 +160,8 @@ def make_sampler(prediction: str, name: str | None, steps: int, shift: float = 3
     name = name or next(iter(choices))
     if name not in choices:
         raise UsageError(
-            f"--sampler {name} does not fit a checkpoint of this kind: choose one of {', '.join(choices)}."
+            f"`sampler` {name} does not fit a checkpoint of this kind: choose one of {', '.join(choices)}."
         )
     if not 1 <= steps < TRAINING_STEPS:
-        raise UsageError(f"--steps {steps} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
+        raise UsageError(f"`steps` {steps} is out of range: give a number from 1 to {TRAINING_STEPS - 1}.")
     return choices[name](steps, shift) if prediction == "flow" else choices[name](steps)

@@ -7,11 +7,11 @@ operation that comes before the `Receive` of a step reads what the step before l
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from hybridiff.switching import Stage
+from hybridiff.switching import Stage, Switch
 from models.tape import Shard, Span
 
 
@@ -214,10 +214,11 @@ Operation = Computation | Send | Receive | Join | Measure | Extrapolate | Guide 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: the stage it belongs to and the operations of every rank, in order."""
+    """One step: the stage it belongs to and the operations of every rank, in order; the paper's switch, once it is decided."""
 
     stage: Stage
     operations: tuple[tuple[Operation, ...], ...]
+    switch: Switch | None = None
 
     def runs(self, rank: int | None = None) -> list[Computation]:
         """What a rank, or any rank, runs of the network."""

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridiff.ending import shown
-from hybridiff.errors import remedy, require_finite
+from hybridiff.errors import printable, remedy, require_finite
 from models.tokenizers import Cut
 from weights.load import Checkpoint
 
@@ -32,8 +31,8 @@ def cuts(checkpoint: Checkpoint, prompt: str, negative_prompt: str | None) -> li
 def excerpt(text: str) -> str:
     """A text in quotes, on one line; where it is long, how it begins and ends."""
     if len(text) <= 300:
-        return f'"{shown(text)}"'
-    return f'"{shown(text[:200])} ... {shown(text[-80:])}" ({len(text):,} characters)'
+        return f'"{printable(text)}"'
+    return f'"{printable(text[:200])} ... {printable(text[-80:])}" ({len(text):,} characters)'
 
 
 def run_encoder(

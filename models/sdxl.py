@@ -23,7 +23,7 @@ def encode(run, texts, size, configs: Configs, lengths, like: Tensor) -> list[UN
     denoiser, clip = configs["denoiser"], configs["clip_g"]
     given = [text for text in texts if text is not None]
     states = zip(run("clip_l", given), run("clip_g", given))
-    encoded = iter([(torch.cat([l, g], dim=2), pooled) for (l, _), (g, pooled) in states])
+    encoded = iter([(torch.cat([small, large], dim=2), pooled) for (small, _), (large, pooled) in states])
     zeros = like.new_zeros(1, clip.positions, denoiser.context_width), like.new_zeros(1, clip.projection)
     numbers = torch.tensor([*size, 0, 0, *size], device=like.device)
     width = (denoiser.vector_width - clip.projection) // len(numbers)

@@ -18,10 +18,10 @@ from test_command_line import SCRIPT, call, torchrun
 from tiny import free_port
 
 import train_free_sample
-from hybridiff.batch import make_jobs, read_prompts
+from hybridiff.app.batch import make_jobs, read_prompts
 from hybridiff.errors import UsageError
 from hybridiff.schedule import GUIDED
-from hybridiff.transport import teams
+from hybridiff.distributed.transport import replicas
 from weights.load import open_checkpoint
 
 LINES = """a large red circle on a blue background
@@ -129,10 +129,10 @@ def test_prompts_from_a_pipe(tmp_path):
 
 def test_teams_stay_within_a_machine():
     """Whole teams within a machine first; what is left over crosses machines; rank 0 leads the first team."""
-    assert teams(["a"] * 4, 2) == [(0, 1), (2, 3)]
-    assert teams(["a", "a", "a", "b", "b", "b"], 2) == [(0, 1), (2, 5), (3, 4)]
-    assert teams(["a", "b", "b", "b"], 2) == [(0, 3), (1, 2)]
-    assert teams(["a", "a", "b", "b"], 4) == [(0, 1, 2, 3)]
+    assert replicas(["a"] * 4, 2) == [(0, 1), (2, 3)]
+    assert replicas(["a", "a", "a", "b", "b", "b"], 2) == [(0, 1), (2, 5), (3, 4)]
+    assert replicas(["a", "b", "b", "b"], 2) == [(0, 3), (1, 2)]
+    assert replicas(["a", "a", "b", "b"], 4) == [(0, 1, 2, 3)]
 
 
 @pytest.mark.parametrize("weights", ["demo-sdxl", "demo-sd3"])
@@ -384,7 +384,7 @@ def test_a_folder_that_vanishes(tmp_path, monkeypatch, capsys):
 
 
 def test_a_team_without_a_picture_waits_for_the_others(tmp_path):
-    """One picture, two teams: the idle one hears of every step, in the serial picture for comparison too, and does not give up after --timeout."""
+    """One picture, two replicas: the idle one hears of every step, in the serial picture for comparison too, and does not give up after --timeout."""
     options = (
         "--layout",
         "pairs",

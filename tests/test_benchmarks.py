@@ -12,8 +12,8 @@ from benchmarks.full_size import FAMILIES, make_task, row_plan
 from benchmarks.speed import LINKS, by_medians, plans_of, predict
 from hybridiff.denoise import denoise
 from hybridiff.schedule import prediction
-from hybridiff.timeline import total_bytes
-from hybridiff.transport import Mailbox
+from hybridiff.cost import total_bytes
+from hybridiff.distributed.transport import LocalTransport
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -37,9 +37,9 @@ def test_bytes_are_those_the_transport_counts(tmp_path):
     for family in FAMILIES:
         task = make_task(family, 64, 12, torch.float16, True, "cpu")
         for row in ("condition", "paper-5"):
-            transport = Mailbox()
+            transport = LocalTransport()
             list(denoise(task, *row_plan(family, row, 12, tiny=True), transport))
-            counted = transport.finish()
+            counted = transport.flush()
             assert (
                 results[family][row]["by kind"] == dict(counted)
                 and results[family][row]["bytes"] == counted.total()

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-import hybridiff.options
+import hybridiff.app.options
 import train_free_sample
 from benchmarks.fuzz_commands import draw, try_line
-from hybridiff.options import usual_dtype
-from hybridiff.page import psnr
+from hybridiff.app.options import usual_dtype
+from hybridiff.app.report.page import psnr
 from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.fidelity import Row, Studio, fewer, ssim
 from benchmarks.frontier import kind, measured_speed, on_one_device, plot, rows_of
-from hybridiff.page import psnr
+from hybridiff.app.report.page import psnr
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.switching import SwitchRule
 from models import FAMILIES

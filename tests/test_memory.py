@@ -15,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import hybridiff.memory
+import hybridiff.app.memory
 import train_free_sample
 from benchmarks.full_size import make_task
 from hybridiff.errors import UsageError
-from hybridiff.memory import FEATURES, Place, demands, refuse_too_large
-from hybridiff.pipeline import Request
+from hybridiff.app.memory import FEATURES, Place, demands, refuse_too_large
+from hybridiff.request import Request
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from weights.load import open_checkpoint
 
@@ -122,9 +122,9 @@ def test_refused_with_figures_and_advice(family: str, monkeypatch: pytest.Monkey
     need = max(
         host for _, host, _ in demands(checkpoint, REQUEST, Place(cuda=False, ranks=2, sharing=1, kept=False))
     )
-    monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need)
+    monkeypatch.setattr(hybridiff.app.memory, "free_host", lambda: need)
     refuse_too_large(checkpoint, REQUEST, CPU, 2, 2, kept=False)
-    monkeypatch.setattr(hybridiff.memory, "free_host", lambda: need - 1)
+    monkeypatch.setattr(hybridiff.app.memory, "free_host", lambda: need - 1)
     with pytest.raises(UsageError) as caught:
         refuse_too_large(checkpoint, REQUEST, CPU, 2, 2, kept=False)
     assert (
@@ -140,7 +140,7 @@ def test_spare_ranks_of_a_u_net_do_not_count(family: str, counted: int, monkeypa
     """Of four ranks that make one picture two hold SDXL's whole network, all four SD3's; of two teams one has nothing to do."""
     asked = []
     monkeypatch.setattr(
-        hybridiff.memory, "demands", lambda checkpoint, request, where: asked.append(where.ranks) or []
+        hybridiff.app.memory, "demands", lambda checkpoint, request, where: asked.append(where.ranks) or []
     )
     for world, team, kept in ((4, 4, False), (4, 2, False), (4, 2, True)):
         refuse_too_large(open_checkpoint(f"demo-{family}"), REQUEST, CPU, world, team, kept)
@@ -155,11 +155,11 @@ def test_networks_that_stay_add_up(monkeypatch: pytest.MonkeyPatch):
     )
     assert kept[0] == alone[0] and kept[-1] > sum(alone[:3]) + alone[-1]
     monkeypatch.setattr(
-        hybridiff.memory,
+        hybridiff.app.memory,
         "demands",
         lambda checkpoint, request, where: [("the decoder", 9 if where.kept else 5, 0)],
     )
-    monkeypatch.setattr(hybridiff.memory, "free_host", lambda: 7)
+    monkeypatch.setattr(hybridiff.app.memory, "free_host", lambda: 7)
     refuse_too_large(checkpoint, small, CPU, 1, 1, kept=False)
     with pytest.raises(UsageError, match="try one picture a run"):
         refuse_too_large(checkpoint, small, CPU, 1, 1, kept=True)

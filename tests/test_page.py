@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import train_free_sample
-from hybridiff.charts import nice, slope_chart
-from hybridiff.page import full_step_words, psnr
+from hybridiff.app.report.charts import nice, slope_chart
+from hybridiff.app.report.page import full_step_words, psnr
 from hybridiff.strategies import STRATEGIES
 from hybridiff.switching import SwitchRule
 

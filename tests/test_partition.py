@@ -13,12 +13,13 @@ from test_command_line import torchrun
 from hybridiff.denoise import Worker
 from hybridiff.errors import UsageError
 from hybridiff.partition import weights_needed
-from hybridiff.pipeline import Request, plan_request
+from hybridiff.request import Request
+from hybridiff.pipeline import plan_request
 from hybridiff.schedule import DISCREPANCY, interleave
 from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
-from hybridiff.timeline import idle_ranks, runs_of, unit_times
-from hybridiff.transport import Mailbox
+from hybridiff.cost import idle_ranks, runs_of, unit_times
+from hybridiff.distributed.transport import LocalTransport
 from models.mmdit import MMDiT, MMDiTConfig
 from models.tape import best_cuts
 from models.unet import UNet, UNetConfig
@@ -97,13 +98,13 @@ def test_a_slower_device_gets_the_smaller_part(family):
 def test_spans_together_are_the_network(family, ranks):
     """`equal`: the prediction of all spans one after the other, however the network is split."""
     task = make_task(family, 1)
-    strategy, worker = STRATEGIES["paper"].on(task.denoiser, ranks), Worker(0, task, Mailbox())
+    strategy, worker = STRATEGIES["paper"].on(task.denoiser, ranks), Worker(0, task, LocalTransport())
     with torch.inference_mode():
         for span in strategy.partition.spans:
             operation = strategy.partition.run(span, "cond")
             worker.compute(operation, 0)
         whole = task.denoiser(
-            task.sampler.network_input(worker.latents, 0),
+            task.sampler.scale_input(worker.latents, 0),
             task.sampler.timesteps[:1],
             task.conditioning["cond"],
         )
@@ -121,7 +122,7 @@ def test_each_rank_runs_on_the_weights_that_it_holds(interval):
     """`equal` latents where every rank of four has all other weights on the meta device; the spare ranks of the U-Net hold a ring each."""
     rule, steps = replace(CAPPED, interval=interval), 12
     played = run("sdxl", "paper", steps, rule, ranks=4)["latents"]
-    task, mailbox = make_task("sdxl", steps), Mailbox()
+    task, mailbox = make_task("sdxl", steps), LocalTransport()
     strategy, settings = STRATEGIES["paper"].on(task.denoiser, 4), Settings(steps, rule)
     workers, held = [], []
     for rank in range(4):

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.deaths import Case, matrix, run_case, start
 from hybridiff.schedule import prediction
-from hybridiff.transport import label
+from hybridiff.distributed.transport import label
 from weights.load import open_checkpoint
 
 

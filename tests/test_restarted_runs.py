@@ -15,21 +15,21 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{str(SCRIPT.parent)!r}]
 import train_free_sample
-from hybridiff.transport import Ranks
+from hybridiff.distributed.transport import TorchTransport
 
 pictures = sys.argv.pop(1).split(",")
 attempt, start = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), time.time()
 if os.environ["RANK"] == "1" and attempt < len(pictures):
-    picture, gather, leave = Path(pictures[attempt]), Ranks.gather, Ranks.leave
+    picture, gather, leave = Path(pictures[attempt]), TorchTransport.gather, TorchTransport.leave
     def die():
         if picture.exists() and picture.stat().st_mtime > start:
             os.kill(os.getpid(), signal.SIGKILL)
-    Ranks.gather = lambda self, word: (die(), gather(self, word))[1]
+    TorchTransport.gather = lambda self, word: (die(), gather(self, word))[1]
     def wait(self):
         while True:
             die()
             time.sleep(0.02)
-    Ranks.leave = wait
+    TorchTransport.leave = wait
 sys.exit(train_free_sample.main())
 """
 

@@ -11,26 +11,26 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = """
 import os, signal, sys
 from datetime import timedelta
-from hybridiff.transport import connect, restarts
+from hybridiff.distributed.transport import connect, restarts
 import torch
 
 transport = connect(timedelta(seconds=120))
 rank, attempt = transport.rank, restarts()
-words = transport.gather([rank, attempt])
+words = transport.all_gather([rank, attempt])
 assert words == [[0, attempt], [1, attempt]], words
 if transport.add("pictures", 0) or transport.add("pictures of " + str(rank)) > 1:
     sys.exit("the counters of the dead attempt")
-transport.gather(None)
+transport.all_gather(None)
 transport.add("pictures")
-transport.open_lanes(torch.device("cpu"))
+transport.open_channels(torch.device("cpu"))
 if attempt == 0:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    transport.gather("of the first attempt")
+    transport.all_gather("of the first attempt")
 transport.divide(2)
-transport.until_all_come()
+transport.wait_for_all()
 print("rank", rank, "of attempt", attempt, "is done", flush=True)
-transport.leave()
+transport.shutdown()
 """
 
 

@@ -60,11 +60,11 @@ def test_schedule_and_trajectory(name, steps):
     if name in ("euler", "flow"):
         assert relative(ours.sigmas, original.sigmas) <= 1e-5
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(steps))
-    a, b = ours.start(noise), noise * getattr(original, "init_noise_sigma", 1.0)
+    a, b = ours.scale_noise(noise), noise * getattr(original, "init_noise_sigma", 1.0)
     assert relative(a, b) <= 1e-6
     last = None
     for i, t in enumerate(original.timesteps):
-        x = ours.network_input(a, i)
+        x = ours.scale_input(a, i)
         y = original.scale_model_input(b, t) if "flow" not in name else b
         assert relative(x, y) <= 1e-5
         now = a, torch.tanh(x + t / 1000)

@@ -1,4 +1,4 @@
-"""Ranks against the one-process run: `equal` everywhere but for `batched`, which is `close`."""
+"""TorchTransport against the one-process run: `equal` everywhere but for `batched`, which is `close`."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hybridiff.denoise import Worker
 from hybridiff.schedule import GUIDED
 from hybridiff.strategies import Reuse
 from hybridiff.switching import SwitchRule
-from hybridiff.transport import Mailbox
+from hybridiff.distributed.transport import LocalTransport
 from tests.tiny import make_task, run, run_on_ranks
 
 EARLY = SwitchRule(window=3, slope=1.0, cap=6, interval=4)  # by slope, as soon as the curve falls
@@ -188,6 +188,20 @@ def test_nothing_reused_equals_serial(family, strategy):
     assert not torch.equal(serial[3:], some[3:])
 
 
+@pytest.mark.parametrize("strategy, skipping", [
+    ("step-extrapolation", [4, 5, 6]),  # 4 and 6 are skipped
+    ("inner-reuse", [4, 5, 6]),  # 4 and 6 are skipped in part
+    ("guided-pipeline", [3, 4]),  # both are
+])  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_middle_stage_ends_with_the_last_skipped_step(family, strategy, skipping):
+    """9 steps, two of 3 .. 6 skipped: `skipping` from the first skipped step to the last one, both included."""
+    stages = run(family, strategy, 9, Reuse(start=3, count=2, end=2))["stages"]
+    first, last = skipping[0], skipping[-1]
+    expected = ["warm-up"] * first + ["skipping"] * len(skipping) + ["fully-connecting"] * (8 - last)
+    assert stages == expected
+
+
 def by_hand(family: str, strategy: str, task, latents):
     """The guided predictions of steps 1 to 6 with steps 4 and 6 (in the pipeline, 3 to 6) skipped; no schedule, no store."""
     net, size, guided = task.denoiser, task.noise.shape[2:], {}
@@ -250,7 +264,7 @@ def test_our_formulas(family, strategy):
 @pytest.mark.parametrize(("last", "expected"), [(5.0, 7.0), (2.9, 2.9)])
 def test_line_only_where_it_would_have_fit(last, expected):
     """Equal: guided predictions 1, 3 and `last` of steps 1, 2, 3; where 1, 3 point too far from `last`, step 4 takes it again."""
-    worker = Worker(0, make_task("sd3", 8), Mailbox())
+    worker = Worker(0, make_task("sd3", 8), LocalTransport())
     for value in (1.0, 3.0, last):
         worker.keep(GUIDED, torch.tensor([value]))
     assert worker.extrapolate(GUIDED, (1, 2, 3), 4).item() == torch.tensor(expected).item()

@@ -15,6 +15,19 @@ def test_by_slope():
     assert (switch.tau1, switch.tau2, switch.first, switch.reason) == (5, 10, 6, "slope")
 
 
+def test_a_fall_of_exactly_the_slope_does_not_fire():
+    """L = 4, g = 1/8, all numbers dyadic, so that nothing rounds: (2 - 1.5) / 4 at step 4 is g, which [0, g) leaves out; a little less at step 5 fires.
+
+    No fall at all is in [0, g).
+    """
+    rule = SwitchRule(window=4, slope=0.125, cap=40, interval=5)
+    history = [4.0, 2.0, 1.75, 1.625, 1.5, 1.2578125]
+    assert [average_fall(history, i, 4) for i in (4, 5)] == [0.125, 0.123046875]
+    assert find_switch(history[:5], rule) is None
+    assert find_switch(history, rule).tau1 == 5
+    assert find_switch([4.0, 2.0, 1.75, 1.625, 2.0], rule).tau1 == 4
+
+
 def test_a_rising_curve_does_not_fire():
     assert (
         find_switch([0.1 * i for i in range(20)], SwitchRule(window=3, slope=1.0, cap=40, interval=5)) is None

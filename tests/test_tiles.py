@@ -78,7 +78,7 @@ def test_ranks_share_a_decode():
     gate = threading.Barrier(2)
 
     def on_rank(rank: int) -> Tensor:
-        def gather(tensor: Tensor) -> list[Tensor]:
+        def all_gather(tensor: Tensor) -> list[Tensor]:
             told[rank].append(tensor)
             gate.wait(60)
             both = [each[len(told[rank]) - 1] for each in told]

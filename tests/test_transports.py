@@ -14,14 +14,15 @@ import torch
 import torch.multiprocessing as mp
 from tiny import free_port, make_task, run
 
-import hybridiff.transport
+import hybridiff.distributed.transport
 from hybridiff.denoise import denoise
 from hybridiff.errors import UsageError
-from hybridiff.process_group import AtMost, Place, nccl_problem, this_place
+from hybridiff.distributed.process_group import AtMost, Place, nccl_problem, this_place
 from hybridiff.schedule import Name
 from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
-from hybridiff.transport import Mailbox, PeerLost, Ranks, connect, decode, disconnect
+from hybridiff.errors import PeerLost
+from hybridiff.distributed.transport import LocalTransport, TorchTransport, connect, decode, disconnect
 
 CPU, RULE = torch.device("cpu"), SwitchRule(window=3, slope=0.0, cap=3, interval=2)
 SHAPES = [
@@ -39,7 +40,7 @@ def message(sender: int, number: int) -> tuple[torch.Tensor, ...]:
     return torch.full(shape, sender + number, dtype=dtype), torch.full((2,), sender, dtype=torch.float32)
 
 
-def bad_words(transport: Ranks) -> None:
+def bad_words(transport: TorchTransport) -> None:
     """What comes from rank 1 is bytes, not to be trusted: no JSON, a length that no word has."""
     for length, text, words in (
         (6, b"cos\nx.", "is no JSON"),  # the beginning of a pickle
@@ -59,7 +60,7 @@ def on_rank(rank: int, world: int, port: int, folder: str) -> None:
     """Body of a spawned rank: every pattern, each message compared as it comes."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     transport = connect(timedelta(seconds=60))
-    transport.open_lanes(CPU)
+    transport.open_channels(CPU)
     name = Name("prediction", "cond")
 
     def receive(sender: int, number: int) -> None:
@@ -84,19 +85,19 @@ def on_rank(rank: int, world: int, port: int, folder: str) -> None:
     for number in range(5):  # a ring: what comes from the left goes on to the right
         transport.send(name, message(rank, number), rank, (rank + 1) % world)
         receive((rank - 1) % world, number)
-    words = transport.gather("x" * 10 ** (rank + 1))  # words of unequal length
+    words = transport.all_gather("x" * 10 ** (rank + 1))  # words of unequal length
     assert [len(word) for word in words] == [10 ** (other + 1) for other in range(world)]
     for dtype in (torch.float64, torch.bfloat16):
-        shared = transport.gather_tensor(torch.full((3, 2), rank, dtype=dtype).T)
+        shared = transport.all_gather_tensor(torch.full((3, 2), rank, dtype=dtype).T)
         assert [tensor.dtype for tensor in shared] == [dtype] * world
         assert all(torch.equal(tensor, torch.full((2, 3), i, dtype=dtype)) for i, tensor in enumerate(shared))
     with pytest.raises(PeerLost, match=r"rank 0 has \[\[1\], 'torch.float32'\] to share"):
-        transport.gather_tensor(torch.zeros(rank + 1))
+        transport.all_gather_tensor(torch.zeros(rank + 1))
     if world == 2:
         bad_words(transport)
-    (Path(folder) / str(rank)).write_text(f"{transport.backend} {sum(transport.finish().values())}")
+    (Path(folder) / str(rank)).write_text(f"{transport.backend} {sum(transport.flush().values())}")
     with pytest.raises(UsageError, match="carries those of CUDA devices only"):
-        transport.open_lanes(CPU, "nccl")
+        transport.open_channels(CPU, "nccl")
     disconnect()
 
 
@@ -109,34 +110,34 @@ def test_every_pattern_over_gloo(world: int, tmp_path: Path):
 
 
 def test_one_process_sends_nothing():
-    Mailbox().open_lanes(CPU, "gloo")
-    Mailbox().leave()
+    LocalTransport().open_channels(CPU, "gloo")
+    LocalTransport().leave()
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_first_messages_never_wait_for_each_other(world: int, monkeypatch: pytest.MonkeyPatch):
-    """Threads play the ranks; their sends and receives wait, as NCCL's first ones do, until the other end of the same lane is there."""
-    lanes, late = {pair: threading.Barrier(2) for pair in itertools.permutations(range(world), 2)}, []
+    """Threads play the ranks; their sends and receives wait, as NCCL's first ones do, until the other end of the same channel is there."""
+    channels, late = {pair: threading.Barrier(2) for pair in itertools.permutations(range(world), 2)}, []
 
     def meets(word: torch.Tensor, other: int, group: tuple[int, int]) -> None:
         try:
-            lanes[group].wait(5)
+            channels[group].wait(5)
         except threading.BrokenBarrierError:
             late.append(group)
 
     def play(number: int) -> None:
-        rank = object.__new__(Ranks)
+        rank = object.__new__(TorchTransport)
         rank.rank, rank.world, rank.members, rank.timeout = (
             number,
             world,
             tuple(range(world)),
             timedelta(seconds=20),
         )
-        rank.wire, rank.lanes = CPU, {pair: pair for pair in lanes}
+        rank.wire, rank.channels = CPU, {pair: pair for pair in channels}
         rank.meet()
 
-    monkeypatch.setattr(hybridiff.transport.dist, "send", meets)
-    monkeypatch.setattr(hybridiff.transport.dist, "recv", meets)
+    monkeypatch.setattr(hybridiff.distributed.transport.dist, "send", meets)
+    monkeypatch.setattr(hybridiff.distributed.transport.dist, "recv", meets)
     ranks = [threading.Thread(target=play, args=(number,)) for number in range(world)]
     for rank in ranks:
         rank.start()
@@ -149,14 +150,14 @@ def watching(rank: int, port: int, dies: bool) -> None:
     """Body of a spawned rank that watches its peer, as it does with NCCL."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     transport = connect(timedelta(seconds=60))
-    transport.open_lanes(CPU)
+    transport.open_channels(CPU)
     transport.watch_peers()
-    transport.gather("ready")
+    transport.all_gather("ready")
     if dies and rank == 1:
         os._exit(9)
     if dies:
         time.sleep(120)  # as if it waited for NCCL
-    transport.leave()
+    transport.shutdown()
 
 
 @pytest.mark.parametrize("dies, codes", [(True, [1, 9]), (False, [0, 0])])
@@ -197,8 +198,8 @@ def at(machine: str, gpu: str | None, problem: str | None = None) -> Place:
 ])  # fmt: skip
 def test_the_ranks_choose_alike(places, wish, backend, wire, monkeypatch: pytest.MonkeyPatch):
     """From the places of all ranks; values for gloo are staged in host memory."""
-    rank = object.__new__(Ranks)
-    rank.rank, rank.world, rank.members, rank.all_teams, rank.team, rank.timeout = (
+    rank = object.__new__(TorchTransport)
+    rank.rank, rank.world, rank.members, rank.all_replicas, rank.replica, rank.timeout = (
         0,
         2,
         (0, 1),
@@ -207,9 +208,9 @@ def test_the_ranks_choose_alike(places, wish, backend, wire, monkeypatch: pytest
         timedelta(seconds=5),
     )
     rank.places, rank.watch_peers, rank.meet = places, lambda: None, lambda: None
-    monkeypatch.setattr(hybridiff.transport.dist, "new_group", lambda *given, backend, **named: backend)
-    rank.open_lanes(torch.device("cuda", 0), wish)
-    assert rank.backend == backend and rank.wire.type == wire and set(rank.lanes.values()) == {backend}
+    monkeypatch.setattr(hybridiff.distributed.transport.dist, "new_group", lambda *given, backend, **named: backend)
+    rank.open_channels(torch.device("cuda", 0), wish)
+    assert rank.backend == backend and rank.wire.type == wire and set(rank.channels.values()) == {backend}
     assert rank.route == {"nccl": ", nccl", "gloo": ", gloo through host memory"}[backend]
 
 
@@ -218,10 +219,10 @@ def test_who_shares_a_machine_and_a_gpu():
     places = [at("box 1", "g0"), at("box 1", "g1"), at("box 2", "g2"), at("box 1", "g1"), at("box 2", None)]
     found = []
     for number in range(5):
-        rank = object.__new__(Ranks)
+        rank = object.__new__(TorchTransport)
         rank.rank, rank.places = number, places
         found.append(rank.neighbours())
-    assert found == [(3, 1), (3, 2), (2, 1), (3, 2), (2, 1)] and Mailbox().neighbours() == (1, 1)
+    assert found == [(3, 1), (3, 2), (2, 1), (3, 2), (2, 1)] and LocalTransport().neighbours() == (1, 1)
     rank.places = [at("box", gpu) for gpu in ("g0", "g1", "g0", "g1")]
     assert rank.nccl_problem(2) is None  # teams of ranks 0 and 1, 2 and 3
     assert rank.nccl_problem(4) == "2 ranks share one GPU (UUID g0), and NCCL needs one each"
@@ -258,7 +259,7 @@ ERRORS = {
 @pytest.mark.parametrize("told", ERRORS)
 def test_only_what_is_known_is_called_a_lost_peer(told: str):
     """Messages of torch 2.13, as killed and stopped ranks brought them, and others that have nothing to do with a peer."""
-    rank = object.__new__(Ranks)
+    rank = object.__new__(TorchTransport)
     rank.rank, rank.members, rank.timeout = 0, (0, 1), timedelta(seconds=600)
     with pytest.raises(PeerLost) as caught, rank.waiting("a word"):
         raise RuntimeError(told)
@@ -293,13 +294,13 @@ def test_words_are_data():
     """They come back as JSON has them, also within one process; what is none is refused, as is what is too long."""
     words = [None, True, 2**70, 0.1, float("inf"), '\ud800 \u2028 "', [1, (2, 3)], {"a": {"b": []}}]
     expected = [*words[:6], [1, [2, 3]], words[7]]
-    assert Mailbox().gather(words) == [expected]
-    assert math.isnan(Mailbox().gather(math.nan)[0])
+    assert LocalTransport().all_gather(words) == [expected]
+    assert math.isnan(LocalTransport().all_gather(math.nan)[0])
     for word in ({1, 2}, Path("x"), b"x", torch.zeros(1)):
         with pytest.raises(TypeError):
-            Mailbox().gather(word)
+            LocalTransport().all_gather(word)
     with pytest.raises(UsageError, match="too much for one word between ranks"):
-        Mailbox().gather("x" * 2**26)
+        LocalTransport().all_gather("x" * 2**26)
     with pytest.raises(ValueError):
         decode(torch.frombuffer(bytearray(b"[" * 10**6), dtype=torch.uint8))
 
@@ -312,7 +313,7 @@ def on_gpu(rank: int, port: int, folder: str) -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     transport = connect(timedelta(seconds=60))
-    transport.open_lanes(device)
+    transport.open_channels(device)
     task = make_task("sdxl", 8)
     told = {
         text: type(value)(*(tensor.to(device) for tensor in value))
@@ -321,7 +322,7 @@ def on_gpu(rank: int, port: int, folder: str) -> None:
     task = replace(task, denoiser=task.denoiser.to(device), conditioning=told, noise=task.noise.to(device))
     records = list(denoise(task, STRATEGIES["paper"].on(task.denoiser), Settings(8, RULE), transport))
     torch.save([transport.backend, records[-1].latents.cpu()], Path(folder) / str(rank))
-    transport.leave()
+    transport.shutdown()
 
 
 def test_two_ranks_on_gpus(tmp_path: Path):

@@ -14,7 +14,7 @@ from hybridiff.denoise import Task, denoise
 from hybridiff.samplers import make_sampler
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
-from hybridiff.transport import Mailbox, connect, disconnect
+from hybridiff.distributed.transport import LocalTransport, connect, disconnect
 from models import family_of
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.tape import spans_between
@@ -81,7 +81,7 @@ def run(
     `cut`: where two ranks split the network, if elsewhere than usual: after so many blocks of the MMDiT or input blocks of the U-Net.
     """
     torch.set_num_threads(1)
-    transport = transport or Mailbox()
+    transport = transport or LocalTransport()
     task = make_task(family, steps, **options)
     chosen = STRATEGIES[strategy].on(task.denoiser, ranks)
     if cut:
@@ -92,7 +92,7 @@ def run(
         "latents": torch.stack([r.latents for r in records]),
         "stages": [r.stage for r in records],
         "discrepancies": [r.discrepancy for r in records],
-        "bytes": dict(transport.finish()),
+        "bytes": dict(transport.flush()),
     }
 
 
@@ -102,7 +102,7 @@ def on_rank(rank: int, ranks: int, port: int, folder: str, arguments: list[tuple
     for i, (positional, named) in enumerate(arguments):
         os.environ["MASTER_PORT"] = str(port + i)
         transport = connect(timedelta(seconds=60))
-        transport.open_lanes(torch.device("cpu"))
+        transport.open_channels(torch.device("cpu"))
         torch.save(run(*positional, transport=transport, **named), Path(folder) / f"{i}-{rank}.pt")
         disconnect()
 

@@ -5,10 +5,10 @@ import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
+import models
 from models.family import Part
 from weights.files import WeightsError
 from weights.kinds import known
-import models
 from weights.tokenizers import TOKENIZER_FILES, hub_cache
 
 DEMOS = ("demo-sdxl", "demo-sd3")

@@ -32,7 +32,7 @@ def paper(step: int, history: Sequence[float | None], settings: Settings, partit
     switch = find_switch(history, settings.rule)
     stage = switch.stage(step) if switch else "warm-up"
     if stage != "parallelism":
-        return StepPlan(stage, guided_step(evaluate(partition), partition, share=switch is None))
+        return StepPlan(stage, guided_step(evaluate(partition), partition, share=switch is None), switch)
     left = min(switch.tau2, settings.steps - 1) - step  # pipelined steps after this one
     in_time = [steps <= left for steps in steps_to_prediction(partition.owners)]
     if step == switch.first:
@@ -40,12 +40,12 @@ def paper(step: int, history: Sequence[float | None], settings: Settings, partit
     else:
         runs, computing = pipelined_runs(partition, in_time), partition.owners
     transfers: list[Transfer] = []
-    for j, (start, stop) in enumerate(partition.spans[:-1]):
+    for j, (_, stop) in enumerate(partition.spans[:-1]):
         sender, receiver = computing[j], partition.owners[j + 1]
         if sender != receiver and in_time[j]:
             branch = partition.branch_of(partition.owners[j])
             transfers.append((features(branch, stop), sender, receiver))
-    return StepPlan(stage, with_messages(runs, transfers, predicting=computing[-1]))
+    return StepPlan(stage, with_messages(runs, transfers, predicting=computing[-1]), switch)
 
 
 def steps_to_prediction(owners: Sequence[int]) -> list[int]:

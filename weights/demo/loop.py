@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hybridiff.report import write_whole
+from hybridiff.app.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from hybridiff.report import write_whole
+from hybridiff.app.files import write_whole
 from weights.demo.scenes import sample
 
 FILES = ("vocab.json", "merges.txt", "spiece.model")

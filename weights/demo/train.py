@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hybridiff.report import write_whole
+from hybridiff.app.files import write_whole
 from models.autoencoder import Autoencoder
 from weights.demo import tokenizers
 from weights.demo.checker import compare, percent, shares

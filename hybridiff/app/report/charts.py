@@ -1,10 +1,10 @@
 """Charts as SVG text. Across, everything is in percent, so that they fit a phone and a desk without shrinking their letters."""
 
 import math
+from collections.abc import Sequence
 from html import escape
-from typing import Sequence
 
-from hybridiff.clock import Bar
+from hybridiff.app.profile import Bar
 from hybridiff.switching import Stage, Switch, SwitchRule
 
 

@@ -1,9 +1,9 @@
 """How values and words travel between ranks; with process_group.py the only file that calls torch.distributed.
 
-`Mailbox` plays all ranks in one process; `Ranks` is the real thing under torchrun. Both count the bytes that they carry, by kind.
-Ranks that make one picture together are a team, and count from 0 within it; all ranks are one team until `divide` makes several.
-Each direction between two ranks is a lane, a process group of its own, so that a send may be posted early and never waits
-behind a receive: with NCCL, messages of one lane run in order on a stream of their own. Set HYBRIDIFF_TRACE=1 to see every
+`LocalTransport` plays all ranks in one process; `TorchTransport` is the real thing under torchrun. Both count the bytes that they carry, by kind.
+Ranks that make one picture together are a replica, and count from 0 within it; all ranks are one replica until `divide` makes several.
+Each direction between two ranks is a channel, a process group of its own, so that a send may be posted early and never waits
+behind a receive: with NCCL, messages of one channel run in order on a stream of their own. Set HYBRIDIFF_TRACE=1 to see every
 message; each then carries a label with its step, name, shapes and dtypes, which is compared on arrival.
 """
 
@@ -14,17 +14,16 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridiff.ending import finish_despite_interrupts, say
-from hybridiff.errors import SharedError, UsageError
-from hybridiff.process_group import AtMost, Place, cause, meet, no_meeting, no_nccl, this_place
+from hybridiff.distributed.process_group import AtMost, Place, cause, meet, no_meeting, no_nccl, this_place
+from hybridiff.errors import PeerLost, SharedError, UsageError
 from hybridiff.schedule import Name
 
 TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
@@ -35,11 +34,8 @@ Shapes = Sequence[tuple[torch.Size, torch.dtype]]
 
 def trace(text: str) -> None:
     """One line on stderr, for HYBRIDIFF_TRACE=1."""
-    print(text, file=sys.stderr, flush=True)
-
-
-class PeerLost(Exception):
-    """A wait for another rank has failed: it has ended, was silent for longer than the timeout, or what the message says. It names the step and what was awaited."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def label(step: int, name: Name, shapes: Shapes) -> Tensor:
@@ -69,8 +65,8 @@ def decode(text: Tensor) -> object:
 class Transport:
     """What both transports share: who is here, the step that the loop is in, and the count of bytes."""
 
-    rank, world = 0, 1  # within the team
-    team, teams = 0, 1
+    rank, world = 0, 1  # within the replica
+    replica, replicas = 0, 1
     step = -1  # outside of the loop
     route = ""  # how values travel, in words
     doing: object = (
@@ -79,6 +75,7 @@ class Transport:
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()  # bytes by kind of result, sent by the ranks of this process
+        self.last_words: Callable[[str], object] = sys.stderr.write  # what says why this process must end
 
     def count(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
         """Add a message to the count."""
@@ -90,16 +87,16 @@ class Transport:
     def forget(self) -> None:
         """A picture has broken off: drop the messages that nobody will take."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """The end of a step: wait until its messages are here, where `receive` only queues them."""
 
-    def step_done(self) -> None:
-        """Rank 0 lets the other teams, which may have nothing left to make, see that this one lives; see `until_all_come`."""
-        if self.rank == 0 and self.teams > 1:
+    def heartbeat(self) -> None:
+        """Rank 0 lets the other replicas, which may have nothing left to make, see that this one lives; see `wait_for_all`."""
+        if self.rank == 0 and self.replicas > 1:
             self.add("steps")
 
 
-class Mailbox(Transport):
+class LocalTransport(Transport):
     """One process plays every rank: a message waits in a queue until its receiver's turn."""
 
     def __init__(self) -> None:
@@ -127,11 +124,11 @@ class Mailbox(Transport):
     def forget(self) -> None:
         self.mail.clear()
 
-    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
+    def open_channels(self, device: torch.device, wish: str = "auto") -> None:
         """Nothing to open within one process."""
 
     def divide(self, size: int) -> None:
-        """One process is one team, of whatever size."""
+        """One process is one replica, of whatever size."""
 
     def locate(self, device: torch.device | None) -> None:
         """There is one place."""
@@ -144,11 +141,11 @@ class Mailbox(Transport):
         """Why there is no NCCL."""
         return "there is one process, which sends nothing"
 
-    def gather(self, word: object) -> list:
+    def all_gather(self, word: object) -> list:
         """The words of all processes: of this one, as they are after the way between ranks."""
         return [decode(encode(word))]
 
-    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes."""
         return [tensor]
 
@@ -157,13 +154,13 @@ class Mailbox(Transport):
         self.counters[name] += amount
         return self.counters[name]
 
-    def until_all_come(self) -> None:
+    def wait_for_all(self) -> None:
         """Nobody to wait for."""
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """Nobody to leave."""
 
-    def finish(self) -> Counter[str]:
+    def flush(self) -> Counter[str]:
         """Bytes by kind over all ranks since the last call."""
         sent, self.sent = self.sent, Counter()
         return sent
@@ -172,7 +169,7 @@ class Mailbox(Transport):
 class Wait(AtMost):
     """A wait of `ranks` for others."""
 
-    def __init__(self, ranks: "Ranks", what: str):
+    def __init__(self, ranks: "TorchTransport", what: str):
         super().__init__(ranks.timeout.total_seconds() + 3, self.late)
         self.ranks, self.what = ranks, what
 
@@ -187,7 +184,7 @@ class Wait(AtMost):
             raise PeerLost(f"{who}, but {cause(error, ranks.timeout)}.") from error
 
 
-class Ranks(Transport):
+class TorchTransport(Transport):
     """This process is one rank among several: gloo on CPU, NCCL where each rank has a GPU of its own.
 
     Where ranks share a GPU or NCCL is missing, tensors are staged through host memory and sent by gloo.
@@ -196,11 +193,11 @@ class Ranks(Transport):
     def __init__(self, rank: int, world: int, timeout: timedelta):
         super().__init__()
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.members, self.all_teams = (
+        self.members, self.all_replicas = (
             tuple(range(world)),
             [tuple(range(world))],
-        )  # the ranks of this rank's team, and of all
-        self.places: list[Place] = []  # of the ranks of this rank's team, see `locate`
+        )  # the ranks of this rank's replica, and of all
+        self.places: list[Place] = []  # of the ranks of this rank's replica, see `locate`
         try:
             with self.waiting("all ranks to start"):
                 self.counters = meet(rank, world, timeout, restarts())
@@ -209,7 +206,7 @@ class Ranks(Transport):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
         self.watches: list[threading.Thread] = []  # see `watch_peers`
-        self.under_way: deque[tuple[int, dist.Work, Tensor]] = (
+        self.in_flight: deque[tuple[int, dist.Work, Tensor]] = (
             deque()
         )  # sends, with their step, keep their tensors alive until they are done
 
@@ -223,16 +220,13 @@ class Ranks(Transport):
 
     def end(self, what: str) -> None:
         """The last resort, in a thread of its own."""
-        seconds = f"{self.timeout.total_seconds():g}"
-        say(
-            f"rank {self.members[self.rank]} waited for {what}{self.where()}, but nothing came for {seconds} seconds (--timeout).",
-            error=True,
-        )
+        silent = f"nothing came for {self.timeout.total_seconds():g} seconds (`timeout`)"
+        self.last_words(f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {silent}.")
         os._exit(1)
 
     def locate(self, device: torch.device | None) -> None:
-        """Gather where each rank of the team is, given this one's device; None where it has none, as its options are refused."""
-        self.places = [Place(*told) for told in self.gather(this_place(device))]
+        """Gather where each rank of the replica is, given this one's device; None where it has none, as its options are refused."""
+        self.places = [Place(*told) for told in self.all_gather(this_place(device))]
 
     def neighbours(self) -> tuple[int, int]:
         """Ranks on this machine, and of these on this rank's GPU (all where it has none), itself among them; after `locate`."""
@@ -241,23 +235,25 @@ class Ranks(Transport):
         return len(here), sum(place.gpu == own.gpu for place in here)
 
     def nccl_problem(self, size: int) -> str | None:
-        """Why NCCL cannot carry the values of some team where teams have `size` ranks, None where it can; after `locate`."""
+        """Why NCCL cannot carry the values of some replica where replicas have `size` ranks, None where it can; after `locate`."""
         each = [
             [self.places[rank] for rank in members]
-            for members in teams([place.node for place in self.places], size)
+            for members in replicas([place.node for place in self.places], size)
         ]
         return next(filter(None, map(no_nccl, each)), None)
 
     def divide(self, size: int) -> None:
-        """Make teams of `size` ranks, within a machine where possible; every rank must call it, before any lane is opened."""
+        """Make replicas of `size` ranks, within a machine where possible; every rank must call it, before any channel is opened."""
         if size == self.world:
             return
-        nodes = [place.node for place in self.places] or self.gather(os.environ.get("GROUP_RANK", "0"))
-        self.all_teams = teams(nodes, size)
-        with self.waiting("the other ranks to form teams"):
+        nodes = [place.node for place in self.places] or self.all_gather(os.environ.get("GROUP_RANK", "0"))
+        self.all_replicas = replicas(nodes, size)
+        with self.waiting("the other ranks to form replicas"):
             self.everybody = dist.new_group(timeout=timedelta(days=30), backend="gloo")
-        self.team = next(number for number, members in enumerate(self.all_teams) if self.rank in members)
-        self.teams, self.members = len(self.all_teams), self.all_teams[self.team]
+        self.replica = next(
+            number for number, members in enumerate(self.all_replicas) if self.rank in members
+        )
+        self.replicas, self.members = len(self.all_replicas), self.all_replicas[self.replica]
         self.rank, self.world = self.members.index(self.rank), size
         self.places = [self.places[member] for member in self.members] if self.places else []
 
@@ -265,13 +261,13 @@ class Ranks(Transport):
         """The step or the phase, in words."""
         return f" in step {self.step}" if self.step >= 0 else f" ({self.doing})"
 
-    def open_lanes(self, device: torch.device, wish: str = "auto") -> None:
-        """Make the lanes for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank of a team must call it. UsageError where NCCL cannot be had."""
+    def open_channels(self, device: torch.device, wish: str = "auto") -> None:
+        """Make the channels for values that lie on `device`, by "nccl", "gloo" or as it fits; every rank of a replica must call it. UsageError where NCCL cannot be had."""
         if not self.places:
             self.locate(device)
         problem = no_nccl(self.places)
         if wish == "nccl" and problem:
-            raise SharedError(f"--transport nccl: {problem}; leave it out, or give --transport gloo.")
+            raise SharedError(f"`transport` nccl: {problem}; leave it out, or give `transport` gloo.")
         self.backend = "gloo" if problem or wish == "gloo" else "nccl"
         self.route = (
             ", "
@@ -283,42 +279,42 @@ class Ranks(Transport):
             device if self.backend == "nccl" else torch.device("cpu")
         )  # where values lie while they travel
         with self.waiting("the other ranks to connect"):
-            lanes = {
+            channels = {
                 pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend)
-                for members in self.all_teams  # a group's name is its number, which must be the same on all ranks
+                for members in self.all_replicas  # a group's name is its number, which must be the same on all ranks
                 for pair in itertools.permutations(members, 2)
             }
             farewells = [
                 dist.new_group(members, timeout=timedelta(days=30), backend="gloo")
-                for members in self.all_teams
+                for members in self.all_replicas
             ]
-        self.lanes = {
-            (a, b): lanes.get((self.members[a], self.members[b]))
+        self.channels = {
+            (a, b): channels.get((self.members[a], self.members[b]))
             for a, b in itertools.permutations(range(self.world), 2)
         }
-        self.farewells = farewells[self.team]
+        self.farewells = farewells[self.replica]
         if self.backend == "nccl":
             self.watch_peers()
-        self.meet()
+        self.warm_up()
 
-    def meet(self) -> None:
-        """One message over every lane, on all ranks in the same order.
+    def warm_up(self) -> None:
+        """One message over every channel, on all ranks in the same order.
 
-        At a lane's first message NCCL waits until both ends have come there. Two ranks that send to each other first, each over its own lane, would wait for ever.
+        At a channel's first message NCCL waits until both ends have come there. Two ranks that send to each other first, each over its own channel, would wait for ever.
         """
         word = torch.zeros(1, device=self.wire)
         for sender, receiver in itertools.permutations(range(self.world), 2):
             with self.waiting("the other ranks to connect"):
                 if self.rank == sender:
-                    dist.send(word, self.members[receiver], group=self.lanes[sender, receiver])
+                    dist.send(word, self.members[receiver], group=self.channels[sender, receiver])
                 elif self.rank == receiver:
-                    dist.recv(word, self.members[sender], group=self.lanes[sender, receiver])
+                    dist.recv(word, self.members[sender], group=self.channels[sender, receiver])
         with self.waiting("the other ranks to connect"):
             if self.wire.type == "cuda":
                 torch.cuda.synchronize(self.wire)  # NCCL's messages are only queued until now
 
     def watch_peers(self) -> None:
-        """End this process when a rank of its team ends early: NCCL would wait for it until the timeout.
+        """End this process when a rank of its replica ends early: NCCL would wait for it until the timeout.
 
         A thread for each of them waits, over gloo, for the word that `farewell` sends.
         """
@@ -327,10 +323,8 @@ class Ranks(Transport):
             try:
                 dist.recv(torch.zeros(1), rank, group=self.farewells)
             except RuntimeError as error:
-                say(
-                    f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: {cause(error, self.timeout)}.",
-                    error=True,
-                )
+                why = cause(error, self.timeout)
+                self.last_words(f"rank {self.members[self.rank]} has lost rank {rank}{self.where()}: {why}.")
                 os._exit(1)
 
         for rank in self.members:
@@ -338,14 +332,14 @@ class Ranks(Transport):
                 self.watches.append(threading.Thread(target=watch, args=(rank,), daemon=True))
                 self.watches[-1].start()
 
-    def end_together(self) -> None:
-        """What comes before the end of all ranks of a team for a reason that all know, and that its first has said by now: none ends while that one speaks."""
+    def shutdown_together(self) -> None:
+        """What comes before the end of all ranks of a replica for a reason that all know, and that its first has said by now: none ends while that one speaks."""
         with suppress(PeerLost):
-            self.gather("said")
+            self.all_gather("said")
             self.farewell()
 
     def farewell(self) -> None:
-        """Send the word that the watches of the team's other ranks wait for, and wait for theirs."""
+        """Send the word that the watches of the replica's other ranks wait for, and wait for theirs."""
         if self.watches:
             words = [
                 dist.isend(torch.ones(1), self.members[rank], group=self.farewells)
@@ -358,12 +352,11 @@ class Ranks(Transport):
                 for watch in self.watches:  # they end with the others' words
                     watch.join(self.timeout.total_seconds())
 
-    def leave(self) -> None:
-        """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all. Ctrl-C has no effect from here on."""
-        finish_despite_interrupts()
-        self.gather("done")
-        if self.teams > 1:
-            with self.waiting("the other teams to leave"):
+    def shutdown(self) -> None:
+        """The end of all work: nobody leaves before all ranks have come here, as one of them may hold the counters of all."""
+        self.all_gather("done")
+        if self.replicas > 1:
+            with self.waiting("the other replicas to leave"):
                 dist.barrier(group=self.everybody)
         self.farewell()
         disconnect()
@@ -376,10 +369,10 @@ class Ranks(Transport):
         """Post the tensors to rank `to` and go on. Those of the step before the last were taken by now or soon will be: their tensors are let go."""
         self.count(name, tensors, sender, to)
         while (
-            self.under_way and self.under_way[0][0] < self.step - 1
+            self.in_flight and self.in_flight[0][0] < self.step - 1
         ):  # gloo's sends do not tell by themselves that they are completed
             with self.waiting("its messages to be taken"):
-                self.under_way.popleft()[1].wait()
+                self.in_flight.popleft()[1].wait()
         if TRACE:
             tensors = [
                 label(self.step, name, [(tensor.shape, tensor.dtype) for tensor in tensors]),
@@ -388,8 +381,8 @@ class Ranks(Transport):
         for tensor in tensors:
             tensor = tensor.to(self.wire).contiguous()
             with self.waiting(f"rank {self.members[to]} to take {name}"):
-                self.under_way.append(
-                    (self.step, dist.isend(tensor, self.members[to], group=self.lanes[sender, to]), tensor)
+                self.in_flight.append(
+                    (self.step, dist.isend(tensor, self.members[to], group=self.channels[sender, to]), tensor)
                 )
 
     def receive(self, name: Name, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
@@ -400,7 +393,7 @@ class Ranks(Transport):
                 label(self.step, name, shapes),
             )
             with self.waiting(f"{name} from rank {self.members[sender]}"):
-                dist.recv(told, self.members[sender], group=self.lanes[sender, to])
+                dist.recv(told, self.members[sender], group=self.channels[sender, to])
             if not torch.equal(told.cpu(), expected):
                 said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
                 raise PeerLost(
@@ -409,37 +402,37 @@ class Ranks(Transport):
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
             with self.waiting(f"{name} from rank {self.members[sender]}"):
-                dist.recv(tensor, self.members[sender], group=self.lanes[sender, to])
+                dist.recv(tensor, self.members[sender], group=self.channels[sender, to])
         if TRACE:
             trace(f"step {self.step}: rank {to} <- rank {sender}: {name}")
         return tuple(tensor.to(self.device) for tensor in tensors)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """NCCL's messages are only queued on the GPU until now. The end of this process if one does not come."""
         if self.backend == "nccl":
             with self.at_most("the messages of the other ranks"):
                 torch.cuda.synchronize(self.wire)
 
-    def finish(self) -> Counter[str]:
-        """Wait for the sends of this rank; bytes by kind over all ranks of the team since the last call."""
-        while self.under_way:
+    def flush(self) -> Counter[str]:
+        """Wait for the sends of this rank; bytes by kind over all ranks of the replica since the last call."""
+        while self.in_flight:
             with self.waiting("its messages to be taken"):
-                self.under_way.popleft()[1].wait()
+                self.in_flight.popleft()[1].wait()
         total: Counter[str] = Counter()
-        for count in self.gather(dict(self.sent)):
+        for count in self.all_gather(dict(self.sent)):
             total.update(count)
         self.sent.clear()
         return total
 
-    def gather(self, word: object) -> list:
-        """Every rank's word (see `encode`) on every rank of the team, as `decode` gives it, this rank's own too."""
+    def all_gather(self, word: object) -> list:
+        """Every rank's word (see `encode`) on every rank of the replica, as `decode` gives it, this rank's own too."""
         text = encode(word)
         told = self.swap([torch.tensor([len(text)]), text], self.receive_word)
         return [decode(text) if theirs is None else theirs[0] for theirs in told]
 
-    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, on the CPU and of one shape and dtype, on every rank of the team."""
-        kinds = self.gather([list(tensor.shape), str(tensor.dtype)])
+    def all_gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, on the CPU and of one shape and dtype, on every rank of the replica."""
+        kinds = self.all_gather([list(tensor.shape), str(tensor.dtype)])
         if other := next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None):
             raise PeerLost(
                 f"rank {self.members[0]} has {kinds[0]} to share, and rank {self.members[other]} {kinds[other]}."
@@ -468,7 +461,7 @@ class Ranks(Transport):
             raise PeerLost(f"{who} is no JSON ({error}).") from error
 
     def swap(self, tensors: Sequence[Tensor], receive: Callable[[int], object]) -> list:
-        """Send tensors to all other ranks of the team; what `receive` makes of each rank's, None for this rank."""
+        """Send tensors to all other ranks of the replica; what `receive` makes of each rank's, None for this rank."""
         sends, received = [], [None] * self.world
         others = [
             rank for rank in range(self.world) if rank != self.rank
@@ -486,15 +479,15 @@ class Ranks(Transport):
         return received
 
     def add(self, name: str, amount: int = 1) -> int:
-        """Add to a counter that all teams share, which begins at 0; its value afterwards."""
+        """Add to a counter that all replicas share, which begins at 0; its value afterwards."""
         with self.waiting("the counters of all ranks"):
             return self.counters.add(name, amount)
 
-    def until_all_come(self) -> None:
-        """Wait until every rank of every team is here, as long as somebody still adds to the counter "steps"; PeerLost if one has ended."""
-        if self.teams == 1:
+    def wait_for_all(self) -> None:
+        """Wait until every rank of every replica is here, as long as somebody still adds to the counter "steps"; PeerLost if one has ended."""
+        if self.replicas == 1:
             return
-        with self.waiting("the other teams"):
+        with self.waiting("the other replicas"):
             here = dist.barrier(group=self.everybody, async_op=True)
         steps, changed = 0, time.monotonic()
         while not here.is_completed():
@@ -502,14 +495,14 @@ class Ranks(Transport):
             now = self.add("steps", 0)
             steps, changed = now, changed if now == steps else time.monotonic()
             if time.monotonic() - changed > self.timeout.total_seconds():
-                raise PeerLost(f"rank {self.members[self.rank]} waited for the other teams, but they made no step for"
-                               f" {self.timeout.total_seconds():g} seconds (--timeout).")  # fmt: skip
-        with self.waiting("the other teams"):
+                raise PeerLost(f"rank {self.members[self.rank]} waited for the other replicas, but they made no step for"
+                               f" {self.timeout.total_seconds():g} seconds (`timeout`).")  # fmt: skip
+        with self.waiting("the other replicas"):
             here.wait()
 
 
-def teams(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
-    """Ranks in teams of `size`, given the machine of each rank: first those that fit into one machine, then what is left over. Rank 0 leads the first."""
+def replicas(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
+    """Ranks in replicas of `size`, given the machine of each rank: first those that fit into one machine, then what is left over. Rank 0 leads the first."""
     left, formed = list(range(len(machines))), []
     for machine in dict.fromkeys(machines):
         here = [rank for rank in left if machines[rank] == machine]
@@ -542,9 +535,9 @@ def restarts() -> int:
 
 
 def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:
-    """The transport of this process: `Ranks` under torchrun with two ranks or more, else `Mailbox`."""
+    """The transport of this process: `TorchTransport` under torchrun with two ranks or more, else `LocalTransport`."""
     rank, world, _ = place()
-    return Ranks(rank, world, timeout) if world > 1 else Mailbox()
+    return TorchTransport(rank, world, timeout) if world > 1 else LocalTransport()
 
 
 def disconnect() -> None:

@@ -1,89 +1,24 @@
-"""Memory: what a run took at its highest, by phase, and what it needs before it begins.
+"""What a run needs before it begins, against the memory that is free.
 
-Host memory is the resident set as the operating system counts it: memory-mapped weights are in it, also where ranks share them. Needs are
-told too low rather than too high (weights, and the largest features), so that nothing is refused that would fit; weights that
-are used in the dtype of the file, on the CPU, need no memory of their own.
+Needs are counted too low rather than too high (weights, and the largest features), so that nothing is refused that would fit; weights
+that are used in the dtype of the file, on the CPU, need no memory of their own.
 """
 
-import sys
-import threading
-import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from hybridiff.errors import UsageError
+from hybridiff.request import Request
 from hybridiff.tiles import LARGE
 from weights.files import FLOATS
 from weights.load import Checkpoint
 
-if TYPE_CHECKING:  # pipeline imports this file
-    from hybridiff.pipeline import Request
-
-EVERY = 0.02  # seconds between two looks at the resident set
 FEATURES = 12  # feature maps of the denoiser's first width that live at once, at least (tests/test_memory.py counts them)
 TILE = 96 + 18  # latents along a side of a tile with its border, see hybridiff/tiles.py
-
-
-def resident() -> tuple[int, int]:
-    """Bytes of this process in memory: (now, at the highest since it began)."""
-    try:
-        told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return tuple(int(told[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    except (OSError, KeyError):
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0, 0
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-        return highest, highest
-
-
-class MemoryWatch:
-    """The highest memory of each phase. `note` says that a phase has just ended.
-
-    The system's own highest figure is exact, but only grows: where a phase stays below an earlier one, the figure is the highest of looks every 20 ms.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.phases: dict[str, dict[str, int]] = {}  # phase -> {"host": bytes, "gpu": bytes on CUDA}
-        self.before, self.seen = 0, 0
-        threading.Thread(target=look, args=(weakref.ref(self),), daemon=True).start()
-        self.note("start")
-
-    def note(self, phase: str) -> None:
-        """Count everything since the last call to this phase."""
-        now, highest = resident()
-        here = {"host": highest if highest > self.before else max(now, self.seen)}
-        if self.device.type == "cuda":
-            here["gpu"] = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        old = self.phases.setdefault(phase, here)
-        self.phases[phase] = {where: max(size, old[where]) for where, size in here.items()}
-        self.before, self.seen = highest, 0
-
-    def told(self) -> dict:
-        """{"peak": ..., "phases": {phase: ...}}, each of {"host": bytes, "gpu": bytes on CUDA}."""
-        sizes = self.phases.values()
-        return {
-            "peak": {where: max(size[where] for size in sizes) for where in next(iter(sizes))},
-            "phases": self.phases,
-        }
-
-
-def look(watch: weakref.ref) -> None:
-    """Look at the resident set again and again, as long as somebody keeps the watch."""
-    while (here := watch()) is not None:
-        here.seen = max(here.seen, resident()[0])
-        del here
-        time.sleep(EVERY)
 
 
 def free_host() -> int | None:
@@ -132,7 +67,7 @@ class Place(NamedTuple):
     kept: bool  # networks stay for the next pictures
 
 
-def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterator[tuple[str, int, int]]:
+def demands(checkpoint: Checkpoint, request: Request, where: Place) -> Iterator[tuple[str, int, int]]:
     """What each phase needs at least, in words, and its bytes of host memory and of GPU memory."""
     cuda, held = where.cuda, (0, 0)
 
@@ -186,12 +121,12 @@ def demands(checkpoint: Checkpoint, request: "Request", where: Place) -> Iterato
         yield f"{words} in tiles", host + pixels * pixel, gpu
 
 
-def fits(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple[int, int]) -> bool:
+def fits(checkpoint: Checkpoint, request: Request, where: Place, free: tuple[int, int]) -> bool:
     """Whether no phase plainly needs more than the bytes of (host, GPU) memory that are free."""
     return all(host <= free[0] and gpu <= free[1] for _, host, gpu in demands(checkpoint, request, where))
 
 
-def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple[int, int]) -> list[str]:
+def advice(checkpoint: Checkpoint, request: Request, where: Place, free: tuple[int, int]) -> list[str]:
     """What would make it fit, each by itself."""
     tries = {"--tiles": {"tiles": True}}
     tries |= {
@@ -219,7 +154,7 @@ def advice(checkpoint: Checkpoint, request: "Request", where: Place, free: tuple
 
 def refuse_too_large(
     checkpoint: Checkpoint,
-    request: "Request",
+    request: Request,
     device: torch.device,
     ranks: int,
     team: int,

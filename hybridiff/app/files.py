@@ -1,26 +1,18 @@
-"""What happened: the report as a table for JSON, and the picture with its settings inside."""
+"""Files: pictures with their settings inside, names that are taken without replacing, whole or not there."""
 
 import errno
 import hashlib
 import itertools
 import json
 import os
-import platform
 import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
-import torch
 from PIL import ExifTags, Image, PngImagePlugin, features
 from torch import Tensor
 
-import hybridiff
-from hybridiff.clock import totals
-from hybridiff.ending import shown
-from hybridiff.errors import NameTaken, UsageError
-from hybridiff.pipeline import Request, Result, decoded_together
-from hybridiff.switching import MIDDLE, find_switch
-from hybridiff.tiles import LARGE
+from hybridiff.errors import NameTaken, UsageError, printable
 
 PICTURE = Path("picture.png")  # where a picture goes that is given no name
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix: format
@@ -28,94 +20,6 @@ PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # 
 SIDES = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}
 JPEG_EXIF = 65_533  # the most bytes that fit in a JPEG's segment
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems such as exFAT
-
-
-def settings_of(request: Request, weights: str, ranks: int) -> dict:
-    """The request as plain values."""
-    rule = request.rule
-    return {
-        "weights": weights, "ranks": ranks, "strategy": request.strategy, "sampler": request.sampler,
-        "prompt": request.prompt, "negative_prompt": request.negative_prompt, "steps": request.steps,
-        "guidance": request.guidance, "height": request.height, "width": request.width,
-        "window": rule.window, "slope": rule.slope, "cap": rule.cap, "interval": rule.interval,
-        "start": request.reuse.start, "reused": request.reuse.count,
-        "dtype": str(request.dtype).removeprefix("torch."), "tiles": request.tiles, "t5": request.t5,
-        "balance": request.balance,
-    }  # fmt: skip
-
-
-def exactness(request: Request, result: Result, ranks: int) -> dict:
-    """How much of the picture is, bit for bit on like devices, what `serial` makes: steps from the first on, the decoder, and both in words."""
-    stages = [record.stage for record in result.records]
-    rounds = (
-        request.strategy == "batched" or "keys" in result.bytes_sent
-    )  # kernels round by the number of rows
-    first = next((step for step, stage in enumerate(stages) if stage in MIDDLE), len(stages))
-    steps = 0 if rounds else first
-    size = request.height * request.width
-    if request.tiles and size > LARGE:
-        decoder = "in tiles"
-    else:
-        decoder = f"by {ranks} ranks together" if decoded_together(request, ranks) else "whole"
-    words = (
-        "every step"
-        if steps == len(stages)
-        else f"the first {steps} of {len(stages)} steps"
-        if steps
-        else "no step"
-    )
-    words += " as serial computes it" + (
-        " (tokens divided among ranks round otherwise)" if "keys" in result.bytes_sent else ""
-    )
-    words += "" if decoder == "whole" else f"; decoded {decoder}, which rounds otherwise"
-    return {"steps": steps, "of": len(stages), "decoder": decoder == "whole", "words": words}
-
-
-def make_report(request: Request, result: Result, weights: str, ranks: int) -> dict:
-    """The report: steps, tau1, tau2 (None where it never switched), seconds, bytes, seed, settings, versions.
-
-    "ranks" holds for every rank of the schedule and every step the measured seconds by what they went into, "seconds" those of
-    every process by phase.
-    """
-    steps = [
-        {"stage": r.stage, "discrepancy": r.discrepancy, "slope": r.slope, "seconds": r.seconds}
-        for r in result.records
-    ]
-    spent = totals(result.bars)
-    switched = request.strategy == "paper" and any(r.stage == "parallelism" for r in result.records)
-    switch = find_switch([r.discrepancy for r in result.records], request.rule) if switched else None
-    return {
-        "steps": steps,
-        "ranks": [
-            [spent[rank, record.step] for record in result.records]
-            for rank in sorted({bar.rank for bar in result.bars})
-        ],
-        "tau1": switch.tau1 if switch else None,
-        "tau2": switch.tau2 if switch else None,
-        "exact": exactness(request, result, ranks),
-        "seconds": result.seconds,
-        "memory": result.memory,
-        "use": result.use,
-        "bytes_sent": {"total": sum(result.bytes_sent.values()), "by_operation": result.bytes_sent},
-        "seed": request.seed,
-        "settings": settings_of(request, weights, ranks),
-        "versions": {
-            "hybridiff": hybridiff.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def in_use(use: dict) -> list[str]:
-    """Lines on how the ranks were used, where it is not the usual way: cuts that were chosen, ranks that idled or hold less than others."""
-    lines = [f"cut at {use['cuts']} after timing every unit on each rank"] if use["seconds_of_units"] else []
-    if len(set(use["weights"])) > 1:
-        lines.append(
-            "denoiser's weights held, MB: "
-            + ", ".join(f"rank {rank} {held / 1e6:,.1f}" for rank, held in enumerate(use["weights"]))
-        )
-    return lines + ([use["idle"]] if use["idle"] else [])
 
 
 def free_name(path: Path) -> Path:
@@ -128,15 +32,15 @@ def check_writable(path: Path, overwrite: bool) -> None:
     """UsageError unless a file can be made at this path (tried beside it, nothing is left behind)."""
     try:
         if path.is_dir():
-            raise UsageError(f"{shown(str(path))} is a directory: give the name of a file.")
+            raise UsageError(f"{printable(str(path))} is a directory: give the name of a file.")
         if os.path.lexists(path) and not overwrite:
-            raise UsageError(f"{shown(str(path))} is there already: give --overwrite, or another name.")
+            raise UsageError(f"{printable(str(path))} is there already: give --overwrite, or another name.")
         probe = beside(path)
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"{shown(str(path))} cannot be written ({error.strerror}): choose another place."
+            f"{printable(str(path))} cannot be written ({error.strerror}): choose another place."
         ) from None
 
 
@@ -181,11 +85,11 @@ def picture_format(path: Path) -> str:
     known = PICTURES.get(path.suffix.lower() or ".png")
     if known is None:
         raise UsageError(
-            f"--out {shown(str(path))} ends in {shown(path.suffix)}, which is not written here: give a name that ends in {', '.join(PICTURES)}."
+            f"--out {printable(str(path))} ends in {printable(path.suffix)}, which is not written here: give a name that ends in {', '.join(PICTURES)}."
         )
     if known != "PNG" and not features.check({"JPEG": "jpg", "WEBP": "webp"}[known]):
         raise UsageError(
-            f"--out {shown(str(path))}: the Pillow installed here cannot write {known}; give a name that ends in .png."
+            f"--out {printable(str(path))}: the Pillow installed here cannot write {known}; give a name that ends in .png."
         )
     return known
 
@@ -214,7 +118,7 @@ def check_picture(path: Path, seed: int, settings: dict) -> None:
             )
     if known == "JPEG" and len(exif_of(seed, settings, this_run()).tobytes()) > JPEG_EXIF:
         raise UsageError(
-            f"--out {shown(str(path))}: a JPEG has room for 64 KB of prompt and settings, and these are longer; give a name that ends in .png or .webp."
+            f"--out {printable(str(path))}: a JPEG has room for 64 KB of prompt and settings, and these are longer; give a name that ends in .png or .webp."
         )
 
 
@@ -304,9 +208,3 @@ def read_text(path: Path) -> dict[str, str]:
         return metadata
     except Exception:  # Pillow raises many kinds for a file that is none or is damaged
         return {}
-
-
-def save_report(report: dict, folder: Path, overwrite: bool = True) -> None:
-    """Write folder/report.json."""
-    text = json.dumps(report, indent=1) + "\n"
-    write_whole(folder / "report.json", lambda temporary: temporary.write_text(text), overwrite)

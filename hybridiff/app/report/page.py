@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hybridiff.charts import discrepancy_chart, runs_of, slope_chart, timeline_chart
-from hybridiff.pipeline import Request, Result
-from hybridiff.report import in_use, write_whole
-from hybridiff.switching import MIDDLE, Switch, find_switch
-from hybridiff.timeline import detail
+from hybridiff.app.explain import detail
+from hybridiff.app.files import write_whole
+from hybridiff.app.report.charts import discrepancy_chart, runs_of, slope_chart, timeline_chart
+from hybridiff.app.report.record import in_use
+from hybridiff.pipeline import Result
+from hybridiff.request import Request
+from hybridiff.switching import MIDDLE, Switch
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6576; --paper: #fff; --card: #f5f6f8; --line: #d6dae1;
@@ -260,7 +262,7 @@ def timeline_section(report: dict, result: Result) -> str:
             rows.append([f"rank {rank}, {stage}", *(f"{seconds:.3f}" for seconds in sums)])
     pieces.append(table(["seconds", "compute", "send", "wait", "other"], rows))
     rows = []
-    for i, step in enumerate(report["steps"]):
+    for i in range(len(report["steps"])):
         for rank, told in enumerate(report["ranks"]):
             rows.append(
                 [
@@ -316,11 +318,7 @@ def memory_section(report: dict) -> str:
 def make_page(report: dict, request: Request, result: Result, serial: Tensor | None = None) -> str:
     """The page as text, from the report and the image; `serial`, (H, W, 3) uint8, is the same prompt's picture by serial."""
     settings, steps = report["settings"], len(report["steps"])
-    switch = (
-        find_switch([r.discrepancy for r in result.records], request.rule)
-        if report["tau1"] is not None
-        else None
-    )
+    switch = result.switch
     prompt = escape(settings["prompt"] or "(no prompt)")
     played = settings["ranks"] < len(report["ranks"])
     who = (

@@ -1,9 +1,9 @@
-"""Which words the demo checkpoints know, those of their captions (scenes.py), and what is said of a prompt with others."""
+"""Which words the demo checkpoints know, those of their captions (weights/demo/scenes.py), and what is said of a prompt with others."""
 
 from collections.abc import Iterable
 from unicodedata import category
 
-from hybridiff.ending import shown
+from hybridiff.errors import printable
 from weights.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES, SYNONYMS
 
 NAMES = (*SIZES, *COLOURS, *SHAPES, *RELATIONS, "background")
@@ -25,7 +25,7 @@ def remarks_on(texts: Iterable[str | None], own_prompt: str | None) -> list[str]
     if not own_prompt or unknown(own_prompt):
         return []
     lines = [
-        f'"{shown(text, 60)}": the demo does not know {shown(", ".join(words), 200)}, and draws some shapes all the same'
+        f'"{printable(text, 60)}": the demo does not know {printable(", ".join(words), 200)}, and draws some shapes all the same'
         for text in dict.fromkeys(texts)
         if text and (words := unknown(text))
     ]

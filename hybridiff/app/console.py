@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Callable, TextIO
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
+
+from hybridiff.errors import printable
 
 NAME = "train_free_sample.py"
 GRACE = 1.0  # seconds that the main thread has to end by itself after Ctrl-C
@@ -20,7 +24,7 @@ SOON = 0.2  # seconds within which Ctrl-C reaches all ranks
 came, over = threading.Event(), threading.Event()  # Ctrl-C when all work was done; the end of `main`
 
 
-class Forgiving:
+class SafeStream:
     """A stream that never fails: once it is closed or its disk is full, what is written to it is dropped."""
 
     def __init__(self, stream: TextIO):
@@ -49,7 +53,7 @@ class Forgiving:
 def prepare_streams() -> None:
     """Let stdout and stderr never fail; one that was closed from the start goes nowhere."""
     sys.stdout, sys.stderr = (
-        Forgiving(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)
+        SafeStream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)
     )
 
 
@@ -59,17 +63,23 @@ def be_quiet(wish: bool) -> None:
     quiet = wish
 
 
-def say(text: str, error: bool = False, result: bool = False) -> None:
+def log(text: str, error: bool = False, result: bool = False) -> None:
     """A line on stdout, which --quiet leaves out unless it is a `result`; or an error's sentence on stderr with the program's name
     before it, recorded for torchrun too. A progress bar makes way for it."""
     if quiet and not error and not result:
         return
     if error:
+        text = in_options(text)
         record_failure(text)
     stream = sys.stderr if error else sys.stdout
-    text = shown(text, 1200) if error else text
+    text = printable(text, 1200) if error else text
     with tqdm.external_write_mode(file=stream):
         print(f"{NAME}: {text}" if error else text, file=stream, flush=True)
+
+
+def in_options(error: object) -> str:
+    """An error's sentence with its arguments, which stand in backquotes, as options of the command line."""
+    return re.sub(r"`(\w+)`", lambda name: "--" + name[1].replace("_", "-"), str(error))
 
 
 def record_failure(sentence: str, later: int = 0) -> None:
@@ -77,7 +87,7 @@ def record_failure(sentence: str, later: int = 0) -> None:
 
     torchrun calls the earliest failure the root cause: `later` seconds are added to the time of one that only follows another rank's.
     """
-    path, sentence = os.environ.get("TORCHELASTIC_ERROR_FILE"), shown(sentence, 1200)
+    path, sentence = os.environ.get("TORCHELASTIC_ERROR_FILE"), printable(in_options(sentence), 1200)
     if not path:
         return
     more = {
@@ -119,12 +129,6 @@ class StepBar:
         self.bar.close()
 
 
-def shown(text: str, most: int = 300) -> str:
-    """Text for one line of a terminal: control characters and lone surrogates as escapes, the end left out where it is long."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
-    return plain + (f" ... ({len(text):,} characters)" if len(text) > most else "")
-
-
 def end_on_interrupt(speaks: bool) -> None:
     """Ctrl-C raises KeyboardInterrupt; where the main thread cannot notice it, as in a wait within torch, the process ends GRACE seconds later."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -137,7 +141,7 @@ def end_on_interrupt(speaks: bool) -> None:
             pass
         if not over.wait(GRACE):
             if speaks:
-                say("interrupted", error=True)
+                log("interrupted", error=True)
             os._exit(1)
 
     threading.Thread(target=watch, args=(theirs,), daemon=True).start()

@@ -1,6 +1,6 @@
-"""Many pictures in one run: what is to be made, which team makes which, and what has been made.
+"""Many pictures in one run: what is to be made, which replica makes which, and what has been made.
 
-A team of ranks takes the next picture as soon as it is free. Every finished or failed picture is a line of DIR/manifest.jsonl; a picture
+A replica, a set of ranks, takes the next picture as soon as it is free. Every finished or failed picture is a line of DIR/manifest.jsonl; a picture
 is written whole or not at all, so that a run that was cut short can go on where it stopped.
 """
 
@@ -8,27 +8,16 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridiff.ending import say, shown
-from hybridiff.errors import NameTaken, UsageError
-from hybridiff.pipeline import agree
-from hybridiff.report import read_text, write_whole
-from hybridiff.transport import Transport, place
-
-OWN = {
-    "prompt": str,
-    "negative_prompt": str,
-    "seed": int,
-    "height": int,
-    "width": int,
-    "guidance": float,
-}  # what a line may say
+from hybridiff.app.console import log
+from hybridiff.app.files import read_text, write_whole
+from hybridiff.distributed.transport import Transport, place
+from hybridiff.errors import NameTaken, UsageError, raise_together
 
 
 @dataclass(frozen=True)
@@ -37,85 +26,7 @@ class Job:
 
     number: int
     path: Path
-    own: dict[str, Any]  # of the names in OWN; "prompt" and "seed" always
-
-
-def text_of_prompts(path: Path, ranks: int = 1) -> str:
-    """What a file of prompts holds. UsageError where it cannot be read, or not by each of several ranks."""
-    pipe = path.exists() and not (path.is_file() or path.is_dir())
-    if ranks > 1 and (pipe or str(path).startswith(("/dev/fd/", "/proc/self/fd/"))):
-        raise UsageError(
-            f"--prompts {path} is a pipe, which {ranks} ranks cannot all read: save the prompts in a file, and give that."
-        )
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"--prompts {path} cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--prompts {path} is not a text in UTF-8: save it so.") from None
-
-
-def is_comment(line: str) -> bool:
-    """Whether a line of a file of prompts is a comment."""
-    return f"{line.strip()} ".startswith("# ")
-
-
-def read_prompts(path: Path, text: str | None = None) -> list[dict[str, Any]]:
-    """The pictures that a file (or its `text`, if that is known) asks for; UsageError says what in it is wrong.
-
-    A prompt a line, or a JSON object a line with "prompt" and any other names of OWN, or one JSON array of prompts and such objects.
-    """
-    text = text_of_prompts(path) if text is None else text
-    if re.match(r"\s*\[\s*[\[{\"\]]", text):
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"--prompts {path} begins like a JSON array but is none ({shown(str(error))})."
-            ) from None
-        told = [read_entry(f"entry {number} of {path}", entry) for number, entry in enumerate(entries, 1)]
-    else:
-        lines = text.split("\n")  # splitlines would also end them at characters that JSON may hold
-        told = [
-            read_line(f"line {number} of {path}", line)
-            for number, line in enumerate(lines, 1)
-            if line.strip() and not is_comment(line)
-        ]
-    if not told:
-        raise UsageError(f"--prompts {path} has no prompt in it: give one a line.")
-    return told
-
-
-def read_line(where: str, line: str) -> dict[str, Any]:
-    """What one line asks for."""
-    if not line.lstrip().startswith("{"):
-        return {"prompt": line.strip()}
-    try:
-        told = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} begins like JSON but is none ({error}).") from None
-    return read_entry(where, told)
-
-
-def read_entry(where: str, told: Any) -> dict[str, Any]:
-    """What one JSON value asks for: a prompt, or an object of names of OWN. Whole numbers may be written as floats."""
-    told = {"prompt": told} if isinstance(told, str) else told
-    if not isinstance(told, dict):
-        raise UsageError(f"{where} must be a prompt or an object with one, not {told!r:.80}.")
-    for name, value in told.items():
-        if name not in OWN:
-            raise UsageError(f"{where} says {name!r:.80}, which is not known: give {', '.join(OWN)}.")
-        if OWN[name] is int and isinstance(value, float) and value.is_integer():
-            told[name] = value = int(value)
-        wanted = (int, float) if OWN[name] is float else OWN[name]
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            kind = {str: "a text", int: "a whole number", float: "a number"}[OWN[name]]
-            raise UsageError(f"{where}: {name} must be {kind}, not {value!r:.80}.")
-        if OWN[name] is float and abs(value) > 1e300:
-            raise UsageError(f"{where}: {name} is out of range: give a number such as 5.")
-    if "prompt" not in told:
-        raise UsageError(f"{where} has no prompt.")
-    return told
+    own: dict[str, Any]  # of the names in prompts.OWN; "prompt" and "seed" always
 
 
 def make_jobs(told: Sequence[dict[str, Any]], each: int, seed: int, folder: Path) -> list[Job]:
@@ -188,7 +99,7 @@ class Manifest:
             ) from None
 
     def add(self, line: dict) -> None:
-        """Append the line of a picture in a single write, so that lines of several teams do not mix. UsageError where that fails."""
+        """Append the line of a picture in a single write, so that lines of several replicas do not mix. UsageError where that fails."""
         try:
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -206,10 +117,10 @@ def without_ranks(settings: dict) -> dict:
 
 def already_made(job: Job, settings: dict, run: str | None = None) -> bool:
     """Whether the job's file is there and holds this job's picture, with `run` as made by this run."""
-    told = read_text(job.path)
+    metadata = read_text(job.path)
     try:
-        same = without_ranks(json.loads(told["settings"])) == without_ranks(settings)
-        return same and told["seed"] == str(job.own["seed"]) and run in (None, told.get("run"))
+        same = without_ranks(json.loads(metadata["settings"])) == without_ranks(settings)
+        return same and metadata["seed"] == str(job.own["seed"]) and run in (None, metadata.get("run"))
     except (KeyError, ValueError, AttributeError, RecursionError):
         return False
 
@@ -229,60 +140,61 @@ def begin(
     SharedError where the folder cannot be written, holds another batch or, without `overwrite`, pictures that are not of this one.
     """
     folder = jobs[0].path.parent
-    manifest, problem = Manifest(folder), None
-    batch = hashlib.sha256(
-        json.dumps([[without_ranks(told), job.own["seed"]] for job, told in zip(jobs, settings)]).encode()
-    ).hexdigest()
-    head = {"batch": batch, **head, "pictures": len(jobs)}
-    made = {job.number for job, told in zip(jobs, settings) if resume and already_made(job, told, only)}
+    manifest = Manifest(folder)
+    wanted = [[without_ranks(own), job.own["seed"]] for job, own in zip(jobs, settings)]
+    head = {"batch": hashlib.sha256(json.dumps(wanted).encode()).hexdigest(), **head, "pictures": len(jobs)}
+    made = {job.number for job, own in zip(jobs, settings) if resume and already_made(job, own, only)}
     strange = None
-    if not overwrite:
-        if not resume and next(itertools.chain(folder.glob("*.png"), folder.glob("manifest.jsonl")), None):
-            problem = f"--out {folder} holds pictures already: give --resume to go on with them, --overwrite, or another folder."
-        strange = next(
-            (job.path for job in jobs if job.number not in made and os.path.lexists(job.path)), None
-        )
-    agree(transport, problem)
-    files = transport.gather(
-        (sorted(made), strange and str(strange))
-    )  # on several machines each knows its own
+    with raise_together(transport.all_gather):
+        if not overwrite:
+            in_use = next(itertools.chain(folder.glob("*.png"), folder.glob("manifest.jsonl")), None)
+            if in_use and not resume:
+                raise UsageError(
+                    f"--out {folder} holds pictures already: give --resume to go on with them, --overwrite, or another folder."
+                )
+            left = (job for job in jobs if job.number not in made)
+            strange = next((job.path for job in left if os.path.lexists(job.path)), None)
+    # on several machines each knows its own files
+    files = transport.all_gather((sorted(made), strange and str(strange)))
     made = {number for numbers, _ in files for number in numbers}
     strange = next((path for _, path in files if path), None)
-    if transport.rank == 0:
-        try:
-            goes_on = resume and manifest.path.exists()
-            before = manifest.last_lines(head) if goes_on else {}
-            if strange:
-                raise UsageError(
-                    f"{strange} is another picture than this run would make: choose another --out, or add --overwrite."
-                )
-            if made and not (goes_on and manifest.read()[0].get("weights")):
-                say(
-                    f"Nothing in {folder} says with which weights the pictures that are there were made: they are taken to be of these."
-                )
-            lines = [
-                line
-                for job in jobs
-                if (line := line_after(job, before.get(job.number, {}), job.number in made))
-            ]
-            manifest.begin(head, lines, overwrite=overwrite or goes_on)
-        except UsageError as error:
-            problem = str(error)
-    agree(transport, problem)
+    with raise_together(transport.all_gather):
+        if transport.rank == 0:
+            begin_manifest(manifest, head, jobs, made, strange, resume, overwrite)
     failed = set()
-    if place()[2] == 0:  # the first rank of every machine, whose folder may be its own
-        try:
+    with raise_together(transport.all_gather):
+        if place()[2] == 0:  # the first rank of every machine, whose folder may be its own
             if transport.rank:
                 begin_here(manifest, head, resume, overwrite)
             last = manifest.last_lines(head) if resume else {}
             failed = {number for number, line in last.items() if line.get("status") == "failed"}
-        except UsageError as error:
-            problem = str(error)
-    agree(transport, problem)
-    failed = set().union(*transport.gather(sorted(failed)))
-    return manifest, sorted(
-        (job for job in jobs if job.number not in made), key=lambda job: job.number in failed
-    )
+    failed = set().union(*transport.all_gather(sorted(failed)))
+    left = [job for job in jobs if job.number not in made]
+    return manifest, sorted(left, key=lambda job: job.number in failed)
+
+
+def begin_manifest(
+    manifest: Manifest,
+    head: dict,
+    jobs: Sequence[Job],
+    made: set[int],
+    strange: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Rank 0's manifest: begun anew, or with the lines of before that still hold. UsageError where it is another batch's, or `strange` is in the way."""
+    goes_on = resume and manifest.path.exists()
+    before = manifest.last_lines(head) if goes_on else {}
+    if strange:
+        raise UsageError(
+            f"{strange} is another picture than this run would make: choose another --out, or add --overwrite."
+        )
+    if made and not (goes_on and manifest.read()[0].get("weights")):
+        log(
+            f"Nothing in {manifest.path.parent} says with which weights the pictures that are there were made: they are taken to be of these."
+        )
+    lines = (line_after(job, before.get(job.number, {}), job.number in made) for job in jobs)
+    manifest.begin(head, [line for line in lines if line], overwrite=overwrite or goes_on)
 
 
 def begin_here(manifest: Manifest, head: dict, resume: bool, overwrite: bool) -> None:
@@ -309,28 +221,28 @@ def line_of(job: Job, status: str, **more) -> dict:
 
 
 def take_turns(jobs: Sequence[Job], transport: Transport) -> Iterator[Job]:
-    """The jobs that fall to this rank's team, one after the other as the team becomes free; returns when all teams are done."""
+    """The jobs that fall to this rank's replica, one after the other as it becomes free; returns when all replicas are done."""
     while True:
         taken = transport.add("jobs taken") - 1 if transport.rank == 0 else None
-        taken = transport.gather(taken)[0]
+        taken = transport.all_gather(taken)[0]
         if taken >= len(jobs):
             break
         yield jobs[taken]
-    transport.until_all_come()
+    transport.wait_for_all()
 
 
 class Progress:
-    """Counts over all teams, and says how long the rest will take."""
+    """Counts over all replicas, and says how long the rest will take."""
 
     def __init__(self, total: int, transport: Transport):
         self.total, self.transport, self.start = total, transport, time.monotonic()
 
     def ended(self, words: str) -> None:
-        """A picture of this team has ended: one line, with an estimate of the time left from the pictures so far."""
+        """A picture of this replica has ended: one line, with an estimate of the time left from the pictures so far."""
         done = self.transport.add("jobs ended")
         left = (time.monotonic() - self.start) / done * (self.total - done)
         rest = f", about {duration(left)} left" if done < self.total else ""
-        say(f"{done}/{self.total} {words}{rest}")
+        log(f"{done}/{self.total} {words}{rest}")
 
 
 def duration(seconds: float) -> str:

@@ -9,9 +9,10 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ def meet(rank: int, world: int, timeout: timedelta, attempt: int) -> dist.Store:
     `attempt`: how often torchrun has restarted the ranks.
     """
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-    again = "start the whole run anew, several pictures with --resume."
+    again = "start the whole run anew, several pictures with `resume`."
     if attempt and machines != "1":
         raise UsageError(
             f"torchrun has restarted the ranks, which works on one machine only, not on {machines}: {again}"
@@ -88,7 +89,7 @@ def cause(error: BaseException, timeout: timedelta) -> str:
     if any(words in told for words in SILENT):
         _, knocked, address = told.partition("while trying to connect to ")
         whence = f" from {address.splitlines()[0].rstrip('.')}" if knocked else ""
-        return f"nothing came{whence} for {timeout.total_seconds():g} seconds (--timeout)"
+        return f"nothing came{whence} for {timeout.total_seconds():g} seconds (`timeout`)"
     first = next((line.strip() for line in told.splitlines() if line.strip()), type(error).__name__)
     _, last, more = told.partition("Last error:")  # NCCL's own cause stands at the end
     if last and last not in first:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hybridiff.app.files import save_picture, write_whole
 from hybridiff.errors import UsageError
-from hybridiff.report import save_picture, write_whole
 
 
 def save_latents(latents: Tensor, path: Path, seed: int, settings: dict, overwrite: bool = True) -> None:

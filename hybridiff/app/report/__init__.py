@@ -1,0 +1,1 @@
+"""What happened: report.json, and report.html, a page that shows it."""

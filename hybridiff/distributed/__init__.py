@@ -1,0 +1,1 @@
+"""How ranks find each other and exchange tensors: the only place that calls torch.distributed."""
