@@ -50,8 +50,8 @@ def die(how: str, mark: Path) -> None:
 def arm(place: str, how: str, mark: Path) -> None:
     """Put the death before the function in which the place begins."""
     import hybridiff.denoise
-    import hybridiff.pipeline
     import hybridiff.distributed.transport
+    import hybridiff.pipeline
     import train_free_sample
     from weights.load import Checkpoint
 

@@ -21,17 +21,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.full_size import in_words, intervals, machine, table, with_interval  # noqa: E402
-from hybridiff.denoise import Task, denoise  # noqa: E402
+from hybridiff.app.files import write_whole  # noqa: E402
 from hybridiff.app.report.page import psnr  # noqa: E402
+from hybridiff.cost import Costs, length, part_costs, timeline  # noqa: E402
+from hybridiff.denoise import Task, denoise  # noqa: E402
+from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from hybridiff.pipeline import decode, draw_noise  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
-from hybridiff.app.files import write_whole  # noqa: E402
 from hybridiff.samplers import make_sampler  # noqa: E402
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy  # noqa: E402
 from hybridiff.switching import SwitchRule  # noqa: E402
 from hybridiff.text import encode  # noqa: E402
-from hybridiff.cost import Costs, length, part_costs, timeline  # noqa: E402
-from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from models.tape import Span  # noqa: E402
 from weights.demo.checker import QUESTIONS, compare, percent, shares  # noqa: E402
 from weights.demo.scenes import sample  # noqa: E402

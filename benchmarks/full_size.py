@@ -2,11 +2,11 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from torch import Tensor, nn

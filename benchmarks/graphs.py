@@ -19,8 +19,8 @@ from benchmarks.full_size import FAMILIES, in_words, machine, make_task, table  
 from benchmarks.gpu_tools import Recording  # noqa: E402
 from benchmarks.speed import predict, show_prediction  # noqa: E402
 from benchmarks.timed import runs_of, time_runs  # noqa: E402
-from hybridiff.partition import partition  # noqa: E402
 from hybridiff.distributed.transport import LocalTransport  # noqa: E402
+from hybridiff.partition import partition  # noqa: E402
 
 
 @torch.inference_mode()
@@ -31,7 +31,10 @@ def measure(family: str, size: int, repeats: int) -> dict[str, object]:
     recorded = {part: Recording(run, True) for part, run in runs.items()}
     ways = {"plain": runs, "graph": {part: recording.replay for part, recording in recorded.items()}}
     found = {
-        how: {part: median(times[1:]) for part, times in time_runs(by, LocalTransport(), repeats + 1, True).items()}
+        how: {
+            part: median(times[1:])
+            for part, times in time_runs(by, LocalTransport(), repeats + 1, True).items()
+        }
         for how, by in ways.items()
     }
     found["equal"] = all(

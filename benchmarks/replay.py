@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hybridiff.denoise import Task, denoise  # noqa: E402
+from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from hybridiff.errors import UsageError  # noqa: E402
 from hybridiff.samplers import FlowEuler, Sampler, make_sampler  # noqa: E402
 from hybridiff.strategies import STRATEGIES, Settings  # noqa: E402
 from hybridiff.switching import SwitchRule, find_switch  # noqa: E402
-from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from models import family_of  # noqa: E402
 from models.embeddings import sinusoid  # noqa: E402
 from models.mmdit import MMDiTConditioning  # noqa: E402

@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.full_size import in_words, machine  # noqa: E402
-from hybridiff.request import Request  # noqa: E402
-from hybridiff.pipeline import generate  # noqa: E402
-from hybridiff.presets import paper_rule, usual_reuse  # noqa: E402
 from hybridiff.app.files import save_picture  # noqa: E402
 from hybridiff.app.report.record import settings_of  # noqa: E402
-from hybridiff.samplers import SAMPLERS  # noqa: E402
 from hybridiff.distributed.transport import LocalTransport, Transport, connect, disconnect  # noqa: E402
+from hybridiff.pipeline import generate, plan_picture  # noqa: E402
+from hybridiff.presets import paper_rule, usual_reuse  # noqa: E402
+from hybridiff.request import Request  # noqa: E402
+from hybridiff.samplers import SAMPLERS  # noqa: E402
 from tests.tiny import free_port  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
@@ -56,7 +56,9 @@ def make(requests: list[tuple[str, Request]], transport: Transport, folder: Path
     """Every picture by this process or rank: the hash of its PNG's pixels (rank 0), and the stages."""
     checkpoints, made = {family: open_checkpoint(f"demo-{family}") for family in ("sdxl", "sd3")}, []
     for family, request in requests:
-        result = generate(checkpoints[family], request, transport, CPU)
+        result = generate(
+            checkpoints[family], plan_picture(checkpoints[family], request, transport.world), transport, CPU
+        )
         pixels = None
         if result.image is not None:
             save_picture(

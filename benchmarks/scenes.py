@@ -16,10 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridiff.request import Request  # noqa: E402
-from hybridiff.pipeline import generate  # noqa: E402
-from hybridiff.presets import paper_rule  # noqa: E402
-from hybridiff.distributed.transport import LocalTransport  # noqa: E402
+import hybridiff  # noqa: E402
 from weights.demo.checker import compare, percent, shares  # noqa: E402
 from weights.demo.scenes import render, sample  # noqa: E402
 from weights.demo.text_encoders import said  # noqa: E402
@@ -70,22 +67,19 @@ def main() -> None:
 
     verdicts, pictures, started = [], [], time.monotonic()
     for index, (scene, caption) in enumerate(drawn):
-        request = Request(
+        made = hybridiff.sample(
+            checkpoint,
             caption,
-            None,
-            args.steps,
-            guidance,
-            128,
-            128,
-            args.seed * 100000 + index,
-            None,
-            "serial",
-            paper_rule(checkpoint.model.switch, 50),
-            torch.float32,
+            strategy="serial",
+            steps=args.steps,
+            guidance=guidance,
+            height=128,
+            width=128,
+            seed=args.seed * 100000 + index,
+            dtype="float32",
+            device="cpu",
         )
-        image = (
-            generate(checkpoint, request, LocalTransport(), torch.device("cpu")).image.permute(2, 0, 1) / 127.5 - 1
-        )
+        image = made.image.permute(2, 0, 1) / 127.5 - 1
         verdicts.append(compare(scene, caption, image))
         pictures.append(image)
         if (index + 1) % 16 == 0:

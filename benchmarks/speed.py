@@ -15,9 +15,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Callable, Sequence
 
 import torch
 
@@ -45,12 +45,12 @@ from benchmarks.timed import (  # noqa: E402
     time_run,
     warm_parts,
 )
+from hybridiff.app.files import write_whole  # noqa: E402
+from hybridiff.cost import length, plan_all, timeline  # noqa: E402
 from hybridiff.denoise import Task  # noqa: E402
 from hybridiff.partition import Partition, partition  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
-from hybridiff.app.files import write_whole  # noqa: E402
 from hybridiff.schedule import Name, StepPlan  # noqa: E402
-from hybridiff.cost import length, plan_all, timeline  # noqa: E402
 from weights.demo.loop import bf16_pays  # noqa: E402
 
 SIZES = {"sdxl": 512, "sd3": 256}  # of the whole runs

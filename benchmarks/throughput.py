@@ -24,8 +24,8 @@ from tiny import free_port, make_task  # noqa: E402
 
 from benchmarks.full_size import in_words, machine, row_plan, table  # noqa: E402
 from hybridiff.app.batch import Job, take_turns  # noqa: E402
-from hybridiff.denoise import Task, denoise  # noqa: E402
 from hybridiff.cost import Costs, length, part_costs, plan_all, timeline  # noqa: E402
+from hybridiff.denoise import Task, denoise  # noqa: E402
 from hybridiff.distributed.transport import connect, disconnect  # noqa: E402
 
 

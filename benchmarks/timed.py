@@ -4,21 +4,21 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Callable, Sequence
 
 import torch
 import torch.multiprocessing as mp
 
 from benchmarks.full_size import make_task
 from hybridiff.denoise import Task, denoise
+from hybridiff.distributed.transport import LocalTransport, Transport, connect, disconnect
 from hybridiff.partition import Partition, partition
 from hybridiff.schedule import Run
 from hybridiff.strategies import Settings, Strategy
-from hybridiff.distributed.transport import LocalTransport, Transport, connect, disconnect
 from models.tape import Features, Span
 from tests.tiny import free_port
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from test_command_line import SCRIPT, call
 
+import hybridiff.app.several
 import train_free_sample
 
 FEW = ("--steps", "1", "--seed", "7")
@@ -25,7 +26,8 @@ def meanwhile(monkeypatch, *paths: Path) -> None:
             path.write_text("theirs")
         return made(*args, **named)
 
-    monkeypatch.setattr(train_free_sample, "generate", generate)
+    for module in (train_free_sample, hybridiff.app.several):
+        monkeypatch.setattr(module, "generate", generate)
 
 
 def test_two_runs_without_a_name(tmp_path):

@@ -17,11 +17,11 @@ from small import random_states, write_single
 from test_command_line import SCRIPT, call, torchrun
 from tiny import free_port
 
-import train_free_sample
+import hybridiff.app.several
 from hybridiff.app.batch import make_jobs, read_prompts
+from hybridiff.distributed.transport import replicas
 from hybridiff.errors import UsageError
 from hybridiff.schedule import GUIDED
-from hybridiff.distributed.transport import replicas
 from weights.load import open_checkpoint
 
 LINES = """a large red circle on a blue background
@@ -218,16 +218,16 @@ def test_a_killed_batch_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_picture_that_breaks_is_reported_and_made_last(tmp_path, monkeypatch, capsys):
     """Too little memory for one picture: the others are made; the next run tries them before it."""
-    made, tried = train_free_sample.generate, []
+    made, tried = hybridiff.app.several.generate, []
 
-    def generate(checkpoint, request, *args):
-        tried.append(request.prompt)
-        if request.prompt == "a large star":
+    def generate(checkpoint, plan, *args):
+        tried.append(plan.request.prompt)
+        if plan.request.prompt == "a large star":
             args[0].send(GUIDED, (), 0, 1)  # a message that nobody takes any more
             raise MemoryError("no more")
-        return made(checkpoint, request, *args)
+        return made(checkpoint, plan, *args)
 
-    monkeypatch.setattr(train_free_sample, "generate", generate)
+    monkeypatch.setattr(hybridiff.app.several, "generate", generate)
     options = [
         "--prompt",
         "a large star",
@@ -367,13 +367,13 @@ def test_tokenizers_count_in_the_digest(tmp_path):
 def test_a_folder_that_vanishes(tmp_path, monkeypatch, capsys):
     """In the middle of a batch: the run ends, what is lost is said, the latents are kept."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    made, out = train_free_sample.generate, tmp_path / "all"
+    made, out = hybridiff.app.several.generate, tmp_path / "all"
 
     def generate(*args):
         shutil.rmtree(out)
         return made(*args)
 
-    monkeypatch.setattr(train_free_sample, "generate", generate)
+    monkeypatch.setattr(hybridiff.app.several, "generate", generate)
     assert (
         call(monkeypatch, "--prompt", "a", "--prompt", "b", "--steps", "1", "--seed", "7", "--out", str(out))
         == 1

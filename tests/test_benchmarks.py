@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.full_size import FAMILIES, make_task, row_plan
 from benchmarks.speed import LINKS, by_medians, plans_of, predict
-from hybridiff.denoise import denoise
-from hybridiff.schedule import prediction
 from hybridiff.cost import total_bytes
+from hybridiff.denoise import denoise
 from hybridiff.distributed.transport import LocalTransport
+from hybridiff.schedule import prediction
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -18,8 +18,8 @@ from torch.distributed.run import get_args_parser
 import hybridiff.app.options
 import train_free_sample
 from benchmarks.fuzz_commands import draw, try_line
-from hybridiff.app.options import usual_dtype
 from hybridiff.app.report.page import psnr
+from hybridiff.request import usual_dtype
 from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)

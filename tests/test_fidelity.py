@@ -12,9 +12,9 @@ from benchmarks.fidelity import Row, Studio, fewer, ssim
 from benchmarks.frontier import kind, measured_speed, on_one_device, plot, rows_of
 from hybridiff.app.report.page import psnr
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
+from hybridiff.strategies import Reuse
 from hybridiff.switching import SwitchRule
 from models import FAMILIES
-from hybridiff.strategies import Reuse
 from weights.load import open_checkpoint
 
 

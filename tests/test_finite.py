@@ -8,10 +8,10 @@ import torch
 from small import PREFIXES, RULES, random_states, write_single
 
 import hybridiff.pipeline
-from hybridiff.errors import UsageError
-from hybridiff.request import Request
-from hybridiff.pipeline import decode, generate
 from hybridiff.distributed.transport import LocalTransport
+from hybridiff.errors import UsageError
+from hybridiff.pipeline import decode, generate, plan_picture
+from hybridiff.request import Request
 from weights.load import open_checkpoint
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def test_nan_names_stage_and_tensor(family: str, part: str, key: str, words: tup
     states[part][key][0] = torch.nan
     checkpoint = open_checkpoint(str(write_single(tmp_path / "m.safetensors", family, states)))
     with pytest.raises(UsageError) as caught:
-        generate(checkpoint, REQUEST, LocalTransport(), CPU)
+        generate(checkpoint, plan_picture(checkpoint, REQUEST, 1), LocalTransport(), CPU)
     assert all(word in str(caught.value) for word in words), caught.value
     assert f"tensor {PREFIXES[family][part]}{key.removesuffix('.weight')}" in str(caught.value)
     assert f"in {tmp_path / 'm.safetensors'} holds NaN or infinity" in str(caught.value)
@@ -53,7 +53,9 @@ def test_finite_weights_that_overflow(part: str, key: str, dtype: torch.dtype, w
     states[part][key].fill_(3e38)
     checkpoint = open_checkpoint(str(write_single(tmp_path / "m.safetensors", "sdxl", states)))
     with pytest.raises(UsageError) as caught:
-        generate(checkpoint, replace(REQUEST, dtype=dtype), LocalTransport(), CPU)
+        generate(
+            checkpoint, plan_picture(checkpoint, replace(REQUEST, dtype=dtype), 1), LocalTransport(), CPU
+        )
     assert words in str(caught.value) and "holds NaN" not in str(caught.value)
 
 

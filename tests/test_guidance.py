@@ -10,9 +10,9 @@ from small import random_states, write_single
 
 import train_free_sample
 from hybridiff.denoise import Worker
+from hybridiff.distributed.transport import LocalTransport
 from hybridiff.guidance import discrepancy
 from hybridiff.schedule import DISCREPANCY, GUIDED, Guide, Measure, Step, prediction
-from hybridiff.distributed.transport import LocalTransport
 from tests.tiny import make_task
 
 

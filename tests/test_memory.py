@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 import hybridiff.app.memory
 import train_free_sample
 from benchmarks.full_size import make_task
-from hybridiff.errors import UsageError
 from hybridiff.app.memory import FEATURES, Place, demands, refuse_too_large
+from hybridiff.errors import UsageError
 from hybridiff.request import Request
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from weights.load import open_checkpoint

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from hybridiff.denoise import Task, denoise
-from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.distributed.transport import LocalTransport
+from hybridiff.strategies import STRATEGIES, Settings
 from models.autoencoder import Autoencoder
 from models.embeddings import sinusoid
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig

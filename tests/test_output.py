@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import train_free_sample
-from hybridiff.errors import UsageError
-from hybridiff.app.latents import save_both
 from hybridiff.app.files import write_whole
+from hybridiff.app.latents import save_both
+from hybridiff.errors import UsageError
 
 SCRIPT = train_free_sample.__file__
 SMALL = ["--steps", "1", "--seed", "1", "--height", "128", "--width", "128", "--device", "cpu"]

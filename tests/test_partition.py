@@ -10,16 +10,16 @@ import pytest
 import torch
 from test_command_line import torchrun
 
+from hybridiff.cost import idle_ranks, runs_of, unit_times
 from hybridiff.denoise import Worker
+from hybridiff.distributed.transport import LocalTransport
 from hybridiff.errors import UsageError
 from hybridiff.partition import weights_needed
+from hybridiff.pipeline import plan_picture
 from hybridiff.request import Request
-from hybridiff.pipeline import plan_request
 from hybridiff.schedule import DISCREPANCY, interleave
 from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
-from hybridiff.cost import idle_ranks, runs_of, unit_times
-from hybridiff.distributed.transport import LocalTransport
 from models.mmdit import MMDiT, MMDiTConfig
 from models.tape import best_cuts
 from models.unet import UNet, UNetConfig
@@ -168,16 +168,16 @@ def test_counts_of_ranks(family, counts):
         for name in ("paper", "step-extrapolation"):
             asked = replace(ASKED, strategy=name)
             if ranks == 1 or str(ranks) in counts.partition("or")[2]:
-                strategy, _ = plan_request(checkpoint, asked, ranks)
+                strategy = plan_picture(checkpoint, asked, ranks).strategy
                 assert strategy.ranks == max(strategy.partition.owners) + 1 == max(2, ranks)
             else:
                 with pytest.raises(UsageError, match=f"runs on {counts} with this network, not on {ranks}"):
-                    plan_request(checkpoint, asked, ranks)
+                    plan_picture(checkpoint, asked, ranks)
     with pytest.raises(UsageError, match="runs on 1 process or 2 ranks, not on 4"):
-        plan_request(checkpoint, replace(ASKED, strategy="inner-reuse"), 4)
+        plan_picture(checkpoint, replace(ASKED, strategy="inner-reuse"), 4)
     if family == "sd3":
-        with pytest.raises(UsageError, match="--height 16 is 2 rows of patches, too few for 6 ranks"):
-            plan_request(checkpoint, replace(ASKED, height=16), 6)
+        with pytest.raises(UsageError, match="`height` 16 is 2 rows of patches, too few for 6 ranks"):
+            plan_picture(checkpoint, replace(ASKED, height=16), 6)
 
 
 def test_idle_ranks_are_named():

@@ -30,10 +30,10 @@ from test_samplers import BETAS, relative
 from test_tokenizers import t5_oracle
 from torch import Tensor
 
-from hybridiff.request import Request
-from hybridiff.pipeline import Result, draw_noise, generate
-from hybridiff.text import encode
 from hybridiff.distributed.transport import LocalTransport
+from hybridiff.pipeline import Result, draw_noise, generate, plan_picture
+from hybridiff.request import Request
+from hybridiff.text import encode
 from weights.load import open_checkpoint
 
 torch.set_num_threads(1)
@@ -152,7 +152,8 @@ def theirs(folder: Path, asked: Request, **start: Tensor | torch.Generator) -> t
 @functools.cache
 def ours(path: Path, asked: Request) -> Result:
     """One picture, made by the command line's own function."""
-    return generate(open_checkpoint(str(path)), asked, LocalTransport(), torch.device("cpu"))
+    checkpoint = open_checkpoint(str(path))
+    return generate(checkpoint, plan_picture(checkpoint, asked, 1), LocalTransport(), torch.device("cpu"))
 
 
 def noise_of(family: str, asked: Request) -> Tensor:

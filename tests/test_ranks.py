@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.deaths import Case, matrix, run_case, start
-from hybridiff.schedule import prediction
 from hybridiff.distributed.transport import label
+from hybridiff.schedule import prediction
 from weights.load import open_checkpoint
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hybridiff.denoise import Worker
+from hybridiff.distributed.transport import LocalTransport
 from hybridiff.schedule import GUIDED
 from hybridiff.strategies import Reuse
 from hybridiff.switching import SwitchRule
-from hybridiff.distributed.transport import LocalTransport
 from tests.tiny import make_task, run, run_on_ranks
 
 EARLY = SwitchRule(window=3, slope=1.0, cap=6, interval=4)  # by slope, as soon as the curve falls

@@ -86,7 +86,7 @@ def test_ranks_share_a_decode():
             return both
 
         with torch.inference_mode():
-            return decode_tiled(vae, latents, (50, 48), 18, rank, 2, gather)
+            return decode_tiled(vae, latents, (50, 48), 18, rank, 2, all_gather)
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(on_rank, range(2))

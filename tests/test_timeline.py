@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks.full_size import make_task as make_full_task
+from hybridiff.app.explain import draw, explain
+from hybridiff.cost import length, part_costs, plan_all, timeline, total_bytes
 from hybridiff.schedule import Step, StepPlan, prediction
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
-from hybridiff.app.explain import draw, explain
-from hybridiff.cost import length, part_costs, plan_all, timeline, total_bytes
 from models.tape import Shard
 from tests.tiny import make_task, run, split_at
 

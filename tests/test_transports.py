@@ -16,13 +16,12 @@ from tiny import free_port, make_task, run
 
 import hybridiff.distributed.transport
 from hybridiff.denoise import denoise
-from hybridiff.errors import UsageError
 from hybridiff.distributed.process_group import AtMost, Place, nccl_problem, this_place
+from hybridiff.distributed.transport import LocalTransport, TorchTransport, connect, decode, disconnect
+from hybridiff.errors import PeerLost, UsageError
 from hybridiff.schedule import Name
 from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
-from hybridiff.errors import PeerLost
-from hybridiff.distributed.transport import LocalTransport, TorchTransport, connect, decode, disconnect
 
 CPU, RULE = torch.device("cpu"), SwitchRule(window=3, slope=0.0, cap=3, interval=2)
 SHAPES = [
@@ -208,7 +207,9 @@ def test_the_ranks_choose_alike(places, wish, backend, wire, monkeypatch: pytest
         timedelta(seconds=5),
     )
     rank.places, rank.watch_peers, rank.meet = places, lambda: None, lambda: None
-    monkeypatch.setattr(hybridiff.distributed.transport.dist, "new_group", lambda *given, backend, **named: backend)
+    monkeypatch.setattr(
+        hybridiff.distributed.transport.dist, "new_group", lambda *given, backend, **named: backend
+    )
     rank.open_channels(torch.device("cuda", 0), wish)
     assert rank.backend == backend and rank.wire.type == wire and set(rank.channels.values()) == {backend}
     assert rank.route == {"nccl": ", nccl", "gloo": ", gloo through host memory"}[backend]

@@ -11,10 +11,10 @@ import torch
 import torch.multiprocessing as mp
 
 from hybridiff.denoise import Task, denoise
+from hybridiff.distributed.transport import LocalTransport, connect, disconnect
 from hybridiff.samplers import make_sampler
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
-from hybridiff.distributed.transport import LocalTransport, connect, disconnect
 from models import family_of
 from models.mmdit import MMDiT, MMDiTConditioning, MMDiTConfig
 from models.tape import spans_between
