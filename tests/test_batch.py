@@ -18,7 +18,8 @@ from test_command_line import SCRIPT, call, torchrun
 from tiny import free_port
 
 import hybridiff.app.several
-from hybridiff.app.batch import make_jobs, read_prompts
+from hybridiff.app.batch import make_jobs
+from hybridiff.app.prompts import read_prompts
 from hybridiff.distributed.transport import replicas
 from hybridiff.errors import UsageError
 from hybridiff.schedule import GUIDED
