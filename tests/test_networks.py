@@ -275,6 +275,16 @@ def test_autoencoder_close_to_diffusers(sizes: dict, family: str):
 
 
 @torch.inference_mode()
+def test_autoencoder_norms_of_inputs_of_small_variance_close_to_diffusers():
+    """`close`: as above, of the encoder's and the decoder's residual blocks."""
+    theirs = randomize(AutoencoderKL(**SDXL_VAE))
+    make_small(theirs, "conv_in", "conv1")
+    ours, images, latents = carried(Autoencoder, theirs), noise(1, 3, 32, 32), noise(1, 4, 4, 4, seed=1)
+    assert relative_error(ours.encode(images)[0], theirs.encode(images).latent_dist.mean) <= 1e-5
+    assert relative_error(ours.decode(latents), theirs.decode(latents).sample) <= 1e-5
+
+
+@torch.inference_mode()
 def test_autoencoder_with_the_old_attention_names_equal():
     theirs = randomize(AutoencoderKL(**SDXL_VAE))
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
