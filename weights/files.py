@@ -90,8 +90,8 @@ def read_json(path: Path) -> dict:
 
 def some(names: list[str], count: int = 4) -> str:
     """The first few of a list of names, made printable."""
-    shown = (name if name.isascii() and name.isprintable() else ascii(name) for name in names[:count])
-    return ", ".join(f"{name:.120}" for name in shown) + (", ..." if len(names) > count else "")
+    plain = (name if name.isascii() and name.isprintable() else ascii(name) for name in names[:count])
+    return ", ".join(f"{name:.120}" for name in plain) + (", ..." if len(names) > count else "")
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -29,9 +29,9 @@ class Job:
     own: dict[str, Any]  # of the names in prompts.OWN; "prompt" and "seed" always
 
 
-def make_jobs(told: Sequence[dict[str, Any]], each: int, seed: int, folder: Path) -> list[Job]:
-    """`each` pictures of everything told, in its order; the n-th of them (from 0) has the line's own seed, or `seed`, plus n."""
-    pictures = [{**own, "seed": own.get("seed", seed) + n} for own in told for n in range(each)]
+def make_jobs(entries: Sequence[dict[str, Any]], each: int, seed: int, folder: Path) -> list[Job]:
+    """`each` pictures of every entry, in order; the n-th of them (from 0) has the line's own seed, or `seed`, plus n."""
+    pictures = [{**own, "seed": own.get("seed", seed) + n} for own in entries for n in range(each)]
     digits = max(4, len(str(len(pictures))))
     return [Job(number, folder / f"{number + 1:0{digits}}.png", own) for number, own in enumerate(pictures)]
 

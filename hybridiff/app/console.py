@@ -171,9 +171,9 @@ def end_of_work() -> None:
 def in_a_sentence(error: BaseException, rank: int, step: int, doing: str) -> str:
     """What is said of an error that nobody expected: the rank, the step, what it was doing, and what went wrong."""
     where = f"rank {rank}{f' in step {step}' if step >= 0 else ''} at '{doing}'"
-    told = " ".join(str(error).split())
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in told:
-        return f"{where} ran out of memory ({told[:200] or 'MemoryError'}): try a smaller --height and --width, --tiles, or another --dtype."
+    words = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in words:
+        return f"{where} ran out of memory ({words[:200] or 'MemoryError'}): try a smaller --height and --width, --tiles, or another --dtype."
     return (
-        f"{where} failed: {type(error).__name__}: {told[:300]} (HYBRIDIFF_TRACE=1 shows where in the code)."
+        f"{where} failed: {type(error).__name__}: {words[:300]} (HYBRIDIFF_TRACE=1 shows where in the code)."
     )

@@ -58,11 +58,11 @@ def explain(name: str, plan: Plan, task: Task) -> str:
         )
     pieces += tables(plans)
     first, last = detail([step for step, plan in enumerate(plans) if plan.stage in MIDDLE] or [1])
-    shown = [bar for bar in bars if first <= bar.step <= last]
+    drawn_bars = [bar for bar in bars if first <= bar.step <= last]
     pieces.append(
-        f"\ntimeline of steps {shown[0].step} to {shown[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)"
+        f"\ntimeline of steps {drawn_bars[0].step} to {drawn_bars[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)"
     )
-    pieces.append(draw(shown, strategy.ranks))
+    pieces.append(draw(drawn_bars, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)
     pieces.append(
         f"\nideal cost {cost:.1f} network evaluations, serial {2 * len(plans)}: speed-up {2 * len(plans) / cost:.2f}"
@@ -75,9 +75,9 @@ def explain(name: str, plan: Plan, task: Task) -> str:
 
 
 def tables(plans: Sequence[StepPlan]) -> list[str]:
-    """Every kind of step as a table of operations, and in a line each stretch of steps that is of a kind told before."""
+    """Every kind of step as a table of operations, and in a line each stretch of steps that is of a kind that stands above."""
     pieces: list[str] = []
-    told: dict[
+    seen: dict[
         object, tuple[str, StepPlan]
     ] = {}  # kind, whatever steps are extrapolated from -> the first steps of it
     starts = [step for step, plan in enumerate(plans) if step == 0 or plan != plans[step - 1]]
@@ -87,8 +87,8 @@ def tables(plans: Sequence[StepPlan]) -> list[str]:
             tuple(op.name if isinstance(op, Extrapolate) else op for op in operations)
             for operations in plan.operations
         )
-        if kind in told:
-            where, like = told[kind]
+        if kind in seen:
+            where, like = seen[kind]
             lines = dict.fromkeys(
                 str(op) for operations in plan.operations for op in operations if isinstance(op, Extrapolate)
             )
@@ -96,7 +96,7 @@ def tables(plans: Sequence[StepPlan]) -> list[str]:
             between = "\n" if pieces[-1].count("\n") > 1 else ""  # after a table
             pieces.append(f"{between}{span}, {plan.stage}: as {where}{other}")
         else:
-            told[kind] = span, plan
+            seen[kind] = span, plan
             pieces.append(f"\n{span}, {plan.stage}\n{table(plan)}")
     return pieces
 

@@ -16,8 +16,8 @@ from hybridiff.errors import UsageError
 
 def save_latents(latents: Tensor, path: Path, seed: int, settings: dict, overwrite: bool = True) -> None:
     """Write latents (1, C, h, w), as they leave the last step, with seed and settings as metadata. UsageError where that fails."""
-    told = {"seed": str(seed), "settings": json.dumps(settings)}
-    content = save({"latents": latents.cpu().contiguous()}, told)
+    metadata = {"seed": str(seed), "settings": json.dumps(settings)}
+    content = save({"latents": latents.cpu().contiguous()}, metadata)
     write_whole(path, lambda temporary: temporary.write_bytes(content), overwrite)
 
 
@@ -35,19 +35,19 @@ def save_both(
 
     UsageError where that fails; the latents are then kept somewhere, which the sentence tells.
     """
-    told = seed, settings, overwrite
+    details = seed, settings, overwrite
     try:
-        picture = save_picture(image, picture, *told, **how)
+        picture = save_picture(image, picture, *details, **how)
     except UsageError as error:
-        where, said = rescue(latents, kept, *told)
+        where, kept_words = rescue(latents, kept, *details)
         advice = f" Make the picture with --decode {where} and an --out that can be written." if where else ""
-        raise UsageError(f"{error} {said}{advice}") from None
+        raise UsageError(f"{error} {kept_words}{advice}") from None
     if kept:
         try:
-            save_latents(latents, kept, *told)
+            save_latents(latents, kept, *details)
         except UsageError as error:
             raise UsageError(
-                f"{error} The picture is in {picture}. {rescue(latents, None, *told)[1]}"
+                f"{error} The picture is in {picture}. {rescue(latents, None, *details)[1]}"
             ) from None
     return picture
 
@@ -73,8 +73,8 @@ def read_latents(path: Path, channels: int) -> tuple[Tensor, int, dict]:
     """(latents (1, C, h, w) fp32, seed, settings) of a file by `save_latents`. UsageError where it is none, or not for this autoencoder."""
     try:
         with safe_open(path, framework="pt") as file:
-            latents, told = file.get_tensor("latents"), file.metadata() or {}
-        seed, settings = int(told["seed"]), json.loads(told["settings"])
+            latents, metadata = file.get_tensor("latents"), file.metadata() or {}
+        seed, settings = int(metadata["seed"]), json.loads(metadata["settings"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         raise UsageError(f"--decode {path} is no file that --save-latents wrote.") from None
     if (

@@ -24,8 +24,8 @@ TILE = 96 + 18  # latents along a side of a tile with its border, see hybridiff/
 def free_host() -> int | None:
     """Bytes that this process may still get: of the machine, swap included, and of its control group. None where that cannot be read."""
     try:
-        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        sizes = [sum(int(told[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))]
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        sizes = [sum(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))]
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except (OSError, KeyError, ValueError):
         return None

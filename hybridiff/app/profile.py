@@ -99,8 +99,8 @@ def totals(bars: Sequence[Bar]) -> dict[tuple[int, int], dict[str, float]]:
 def resident() -> tuple[int, int]:
     """Bytes of this process in memory: (now, at the highest since it began)."""
     try:
-        told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return tuple(int(told[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     except (OSError, KeyError):
         try:
             import resource

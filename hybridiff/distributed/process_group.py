@@ -35,7 +35,7 @@ SILENT = (
 EVERY = 0.5  # seconds between two looks of the watchdog
 
 
-def meet(rank: int, world: int, timeout: timedelta, attempt: int) -> dist.Store:
+def join(rank: int, world: int, timeout: timedelta, attempt: int) -> dist.Store:
     """Start the gloo group of all ranks, for words between them; the store for counters that all share. UsageError where the ranks cannot meet.
 
     `attempt`: how often torchrun has restarted the ranks.
@@ -67,14 +67,14 @@ def meet(rank: int, world: int, timeout: timedelta, attempt: int) -> dist.Store:
 
 
 def no_meeting(error: BaseException) -> str | None:
-    """What is wrong with the place where the ranks shall meet, as far as torch.distributed's error tells; None where a rank is missing or has ended."""
-    told, address = str(error), ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if "EADDRINUSE" in told or "in use" in told:
+    """What is wrong with the place where the ranks are to meet, as far as the error of torch.distributed says; None where a rank is missing or has ended."""
+    text, address = str(error), ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in text or "in use" in text:
         return f"{address} is taken; give torchrun another --master_port, or --standalone."
-    if "EADDRNOTAVAIL" in told:
+    if "EADDRNOTAVAIL" in text:
         return f"there is no machine {address}; see --master_addr of torchrun."
-    if "Unable to find address for" in told:
-        interface = told.rpartition(":")[2].strip()
+    if "Unable to find address for" in text:
+        interface = text.rpartition(":")[2].strip()
         return f"there is no network interface {interface!r} with an address here; see GLOO_SOCKET_IFNAME."
     if isinstance(error, ValueError):
         return f"{address} is no place to meet (MASTER_ADDR, MASTER_PORT); start them by torchrun."
@@ -83,18 +83,18 @@ def no_meeting(error: BaseException) -> str | None:
 
 def cause(error: BaseException, timeout: timedelta) -> str:
     """Why a wait for other ranks has failed, to follow "but": that they have ended or are silent where that is certain, else the error's own words."""
-    told = str(error)
-    if any(words in told for words in ENDED):
+    text = str(error)
+    if any(words in text for words in ENDED):
         return "the other side has ended"
-    if any(words in told for words in SILENT):
-        _, knocked, address = told.partition("while trying to connect to ")
+    if any(words in text for words in SILENT):
+        _, knocked, address = text.partition("while trying to connect to ")
         whence = f" from {address.splitlines()[0].rstrip('.')}" if knocked else ""
         return f"nothing came{whence} for {timeout.total_seconds():g} seconds (`timeout`)"
-    first = next((line.strip() for line in told.splitlines() if line.strip()), type(error).__name__)
-    _, last, more = told.partition("Last error:")  # NCCL's own cause stands at the end
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    _, last, more = text.partition("Last error:")  # NCCL's own cause stands at the end
     if last and last not in first:
         first = f"{first[:150]} ... {last} {' '.join(more.split())}"
-    advice = "; GLOO_SOCKET_IFNAME names the network interface to use" if "connectFullMesh" in told else ""
+    advice = "; GLOO_SOCKET_IFNAME names the network interface to use" if "connectFullMesh" in text else ""
     return f"that failed: {first[:400].rstrip('.')}{advice}"
 
 

@@ -1,16 +1,13 @@
 """How values and words travel between ranks; with process_group.py the only file that calls torch.distributed.
 
-`LocalTransport` plays all ranks in one process; `TorchTransport` is the real thing under torchrun. Both count the bytes that they carry, by kind.
+`LocalTransport` (local.py) plays all ranks in one process; `TorchTransport` is the real thing under torchrun. Both count the bytes that they carry.
 Ranks that make one picture together are a replica, and count from 0 within it; all ranks are one replica until `divide` makes several.
 Each direction between two ranks is a channel, a process group of its own, so that a send may be posted early and never waits
-behind a receive: with NCCL, messages of one channel run in order on a stream of their own. Set HYBRIDIFF_TRACE=1 to see every
-message; each then carries a label with its step, name, shapes and dtypes, which is compared on arrival.
+behind a receive: with NCCL, messages of one channel run in order on a stream of their own.
 """
 
 import itertools
-import json
 import os
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -22,148 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridiff.distributed.process_group import AtMost, Place, cause, meet, no_meeting, no_nccl, this_place
+from hybridiff.distributed.local import (
+    LABEL,
+    LONGEST,
+    TRACE,
+    LocalTransport,
+    Shapes,
+    Transport,
+    decode,
+    encode,
+    label,
+    trace,
+)
+from hybridiff.distributed.process_group import AtMost, Place, cause, join, no_meeting, no_nccl, this_place
 from hybridiff.errors import PeerLost, SharedError, UsageError
 from hybridiff.schedule import Name
-
-TRACE = os.environ.get("HYBRIDIFF_TRACE", "0") == "1"
-LABEL = 512  # bytes of a label
-LONGEST = 2**26  # bytes of a word
-Shapes = Sequence[tuple[torch.Size, torch.dtype]]
-
-
-def trace(text: str) -> None:
-    """One line on stderr, for HYBRIDIFF_TRACE=1."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def label(step: int, name: Name, shapes: Shapes) -> Tensor:
-    """What a message must be, as bytes: uint8 [LABEL]."""
-    text = f"step {step}: {name} {[(tuple(shape), str(dtype)) for shape, dtype in shapes]}"
-    return torch.frombuffer(bytearray(text.encode().ljust(LABEL)), dtype=torch.uint8)
-
-
-def encode(word: object) -> Tensor:
-    """A word as JSON in bytes: uint8 [length]. UsageError where it is too long, TypeError where it is not None, a bool, number or str, or a list, tuple or dict with str keys of these."""
-    text = json.dumps(word).encode()  # ASCII; lone surrogates become escapes, tuples lists
-    if len(text) > LONGEST:
-        raise UsageError(
-            f"{len(text):,} bytes are too much for one word between ranks ({LONGEST:,} are the most): ask for fewer pictures in a run."
-        )
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
-def decode(text: Tensor) -> object:
-    """The word of `encode`: tuples have become lists. ValueError where it is none."""
-    try:
-        return json.loads(text.numpy().tobytes())
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-class Transport:
-    """What both transports share: who is here, the step that the loop is in, and the count of bytes."""
-
-    rank, world = 0, 1  # within the replica
-    replica, replicas = 0, 1
-    step = -1  # outside of the loop
-    route = ""  # how values travel, in words
-    doing: object = (
-        "the start"  # the phase or operation that this process is in, for what is said when it fails
-    )
-
-    def __init__(self) -> None:
-        self.sent: Counter[str] = Counter()  # bytes by kind of result, sent by the ranks of this process
-        self.last_words: Callable[[str], object] = sys.stderr.write  # what says why this process must end
-
-    def count(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
-        """Add a message to the count."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.sent[name.what] += size
-        if TRACE:
-            trace(f"step {self.step}: rank {sender} -> rank {to}: {name}, {size} bytes")
-
-    def forget(self) -> None:
-        """A picture has broken off: drop the messages that nobody will take."""
-
-    def synchronize(self) -> None:
-        """The end of a step: wait until its messages are here, where `receive` only queues them."""
-
-    def heartbeat(self) -> None:
-        """Rank 0 lets the other replicas, which may have nothing left to make, see that this one lives; see `wait_for_all`."""
-        if self.rank == 0 and self.replicas > 1:
-            self.add("steps")
-
-
-class LocalTransport(Transport):
-    """One process plays every rank: a message waits in a queue until its receiver's turn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counters: Counter[str] = Counter()
-        self.mail: dict[tuple[int, int], deque[tuple[Tensor, ...]]] = {}
-
-    def arrived(self, sender: int, to: int) -> bool:
-        """Whether a message waits."""
-        return bool(self.mail.get((sender, to)))
-
-    def send(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
-        self.count(name, tensors, sender, to)
-        self.mail.setdefault((sender, to), deque()).append(tuple(tensors))
-
-    def receive(self, name: Name, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
-        """The oldest message from `sender`, which must be what the receiver would have made room for."""
-        tensors = self.mail[sender, to].popleft()
-        sent = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        assert sent == list(shapes), (
-            f"rank {to} expected {name} as {shapes} from rank {sender}, which sent {sent}"
-        )
-        return tensors
-
-    def forget(self) -> None:
-        self.mail.clear()
-
-    def open_channels(self, device: torch.device, wish: str = "auto") -> None:
-        """Nothing to open within one process."""
-
-    def divide(self, size: int) -> None:
-        """One process is one replica, of whatever size."""
-
-    def locate(self, device: torch.device | None) -> None:
-        """There is one place."""
-
-    def neighbours(self) -> tuple[int, int]:
-        """Ranks on this machine, and on this rank's GPU."""
-        return 1, 1
-
-    def nccl_problem(self, size: int) -> str | None:
-        """Why there is no NCCL."""
-        return "there is one process, which sends nothing"
-
-    def all_gather(self, word: object) -> list:
-        """The words of all processes: of this one, as they are after the way between ranks."""
-        return [decode(encode(word))]
-
-    def all_gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all processes."""
-        return [tensor]
-
-    def add(self, name: str, amount: int = 1) -> int:
-        """Add to a counter, which begins at 0; its value afterwards."""
-        self.counters[name] += amount
-        return self.counters[name]
-
-    def wait_for_all(self) -> None:
-        """Nobody to wait for."""
-
-    def shutdown(self) -> None:
-        """Nobody to leave."""
-
-    def flush(self) -> Counter[str]:
-        """Bytes by kind over all ranks since the last call."""
-        sent, self.sent = self.sent, Counter()
-        return sent
 
 
 class Wait(AtMost):
@@ -200,7 +70,7 @@ class TorchTransport(Transport):
         self.places: list[Place] = []  # of the ranks of this rank's replica, see `locate`
         try:
             with self.waiting("all ranks to start"):
-                self.counters = meet(rank, world, timeout, restarts())
+                self.counters = join(rank, world, timeout, restarts())
         except PeerLost as lost:
             if problem := no_meeting(lost.__cause__):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
@@ -226,7 +96,7 @@ class TorchTransport(Transport):
 
     def locate(self, device: torch.device | None) -> None:
         """Gather where each rank of the replica is, given this one's device; None where it has none, as its options are refused."""
-        self.places = [Place(*told) for told in self.all_gather(this_place(device))]
+        self.places = [Place(*place) for place in self.all_gather(this_place(device))]
 
     def neighbours(self) -> tuple[int, int]:
         """Ranks on this machine, and of these on this rank's GPU (all where it has none), itself among them; after `locate`."""
@@ -316,7 +186,7 @@ class TorchTransport(Transport):
     def watch_peers(self) -> None:
         """End this process when a rank of its replica ends early: NCCL would wait for it until the timeout.
 
-        A thread for each of them waits, over gloo, for the word that `farewell` sends.
+        A thread for each of them waits, over gloo, for the word that `say_goodbye` sends.
         """
 
         def watch(rank: int) -> None:
@@ -336,9 +206,9 @@ class TorchTransport(Transport):
         """What comes before the end of all ranks of a replica for a reason that all know, and that its first has said by now: none ends while that one speaks."""
         with suppress(PeerLost):
             self.all_gather("said")
-            self.farewell()
+            self.say_goodbye()
 
-    def farewell(self) -> None:
+    def say_goodbye(self) -> None:
         """Send the word that the watches of the replica's other ranks wait for, and wait for theirs."""
         if self.watches:
             words = [
@@ -358,7 +228,7 @@ class TorchTransport(Transport):
         if self.replicas > 1:
             with self.waiting("the other replicas to leave"):
                 dist.barrier(group=self.everybody)
-        self.farewell()
+        self.say_goodbye()
         disconnect()
 
     def arrived(self, sender: int, to: int) -> bool:
@@ -388,16 +258,16 @@ class TorchTransport(Transport):
     def receive(self, name: Name, shapes: Shapes, sender: int, to: int) -> tuple[Tensor, ...]:
         """Wait for tensors of these (shape, dtype) from rank `sender`. PeerLost if it has ended or is silent for too long."""
         if TRACE:
-            told, expected = (
+            got, expected = (
                 torch.empty(LABEL, dtype=torch.uint8, device=self.wire),
                 label(self.step, name, shapes),
             )
             with self.waiting(f"{name} from rank {self.members[sender]}"):
-                dist.recv(told, self.members[sender], group=self.channels[sender, to])
-            if not torch.equal(told.cpu(), expected):
-                said, meant = (bytes(text.tolist()).decode().rstrip() for text in (told.cpu(), expected))
+                dist.recv(got, self.members[sender], group=self.channels[sender, to])
+            if not torch.equal(got.cpu(), expected):
+                sent, meant = (bytes(text.tolist()).decode().rstrip() for text in (got.cpu(), expected))
                 raise PeerLost(
-                    f"rank {self.members[to]} expected '{meant}' from rank {self.members[sender]}, which sent '{said}'."
+                    f"rank {self.members[to]} expected '{meant}' from rank {self.members[sender]}, which sent '{sent}'."
                 )
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.wire) for shape, dtype in shapes)
         for tensor in tensors:
@@ -427,8 +297,8 @@ class TorchTransport(Transport):
     def all_gather(self, word: object) -> list:
         """Every rank's word (see `encode`) on every rank of the replica, as `decode` gives it, this rank's own too."""
         text = encode(word)
-        told = self.swap([torch.tensor([len(text)]), text], self.receive_word)
-        return [decode(text) if theirs is None else theirs[0] for theirs in told]
+        words = self.swap([torch.tensor([len(text)]), text], self.receive_word)
+        return [decode(text) if theirs is None else theirs[0] for theirs in words]
 
     def all_gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, on the CPU and of one shape and dtype, on every rank of the replica."""
@@ -515,17 +385,17 @@ def replicas(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
 
 def place() -> tuple[int, int, int]:
     """(rank, ranks, local rank) from torchrun's environment; (0, 1, 0) without it."""
-    told = [
+    values = [
         os.environ.get(name, default)
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     ]
-    if not all(number.isdecimal() for number in told) or int(told[0]) >= int(told[1]):
+    if not all(number.isdecimal() for number in values) or int(values[0]) >= int(values[1]):
         raise UsageError(
             "RANK, WORLD_SIZE, LOCAL_RANK in the environment are {}, {}, {}: start the ranks by torchrun.".format(
-                *map(ascii, told)
+                *map(ascii, values)
             )
         )
-    return tuple(map(int, told))
+    return tuple(map(int, values))
 
 
 def restarts() -> int:

@@ -10,12 +10,12 @@ from hybridiff.switching import Stage, Switch, SwitchRule
 
 def tag(name: str, text: str = "", **attributes: object) -> str:
     """One SVG element; `cls` stands for class, underscores for hyphens, floats are rounded."""
-    told = ""
+    attributes = ""
     for attribute, value in attributes.items():
         key = attribute.replace("cls", "class").replace("_", "-")
-        shown = round(value, 3) if isinstance(value, float) else value
-        told += f' {key}="{escape(str(shown))}"'
-    return f"<{name}{told}>{text}</{name}>"
+        rounded = round(value, 3) if isinstance(value, float) else value
+        attributes += f' {key}="{escape(str(rounded))}"'
+    return f"<{name}{attributes}>{text}</{name}>"
 
 
 def percent(value: float) -> str:
@@ -64,8 +64,8 @@ def shades(stages: Sequence[Stage], height: int) -> list[str]:
 def step_axis(steps: int, y: int) -> list[str]:
     """Numbers of some steps below a chart."""
     every = max(1, round(steps / 5))
-    shown = range(0, steps, every)
-    return [tag("text", str(i), x=percent((i + 0.5) / steps), y=y, text_anchor="middle") for i in shown]
+    labelled = range(0, steps, every)
+    return [tag("text", str(i), x=percent((i + 0.5) / steps), y=y, text_anchor="middle") for i in labelled]
 
 
 def nice(top: float) -> list[float]:
