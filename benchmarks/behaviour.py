@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import in_words, table  # noqa: E402
 from benchmarks.fidelity import EQUAL, Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
-from benchmarks.full_size import in_words, table  # noqa: E402
 from hybridiff.app.report.page import psnr  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
 from hybridiff.switching import find_switch  # noqa: E402

@@ -14,9 +14,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import FAMILIES, TOKENS, in_words, intervals, make_task, row_plan, table  # noqa: E402
+from benchmarks.common import FAMILIES, in_words, intervals, row_plan, table  # noqa: E402
 from hybridiff.cost import length, part_costs, plan_all, timeline, total_bytes  # noqa: E402
 from hybridiff.switching import MIDDLE  # noqa: E402
+from tests.full_size import TOKENS, make_task  # noqa: E402
 
 # Jung et al., arXiv 2602.21760, Table 1: "comm. (GB)" of a picture at 1024 x 1024, two GPUs, T = 50. They are GiB and count
 # all-reduces within one rank too; of SDXL's 0.516, messages between the ranks are 0.504 (counted in their released code).

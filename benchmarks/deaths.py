@@ -25,8 +25,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from benchmarks.common import in_words, machine, table  # noqa: E402
 from benchmarks.dying_rank import HOWS, PLACES  # noqa: E402
-from benchmarks.full_size import in_words, machine, table  # noqa: E402
+from tests.processes import start  # noqa: E402
 from tests.tiny import free_port  # noqa: E402
 
 SCRIPT, DYING = ROOT / "train_free_sample.py", ROOT / "benchmarks" / "dying_rank.py"
@@ -49,21 +50,6 @@ def held(port: int) -> bool:
     """Whether somebody listens to it."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def start(
-    options: list[list[str]], folder: Path, script: tuple[str, ...] = (str(SCRIPT),), port: int | None = None
-) -> list[subprocess.Popen]:
-    """TorchTransport as processes of this one, each with options of its own and its words in folder/said-RANK."""
-    each, port = [], port or free_port(1)
-    for rank, given in enumerate(options):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(options)), "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(options))}  # fmt: skip
-        with open(folder / f"said-{rank}", "w") as said:
-            each.append(
-                subprocess.Popen([sys.executable, *script, *given], env=env, stdout=said, stderr=said)
-            )
-    return each
 
 
 def start_torchrun(

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.full_size import FACTOR, SEED, fill, in_words, machine, table  # noqa: E402
+from benchmarks.common import in_words, machine, table  # noqa: E402
 from benchmarks.timed import on_ranks  # noqa: E402
 from hybridiff.app.files import write_whole  # noqa: E402
 from hybridiff.app.report.page import psnr  # noqa: E402
 from hybridiff.distributed.transport import Transport  # noqa: E402
 from hybridiff.pipeline import WORTH_SPLITTING, decode  # noqa: E402
 from models.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
+from tests.full_size import FACTOR, SEED, fill  # noqa: E402
 
 
 def time_both(transport: Transport, sizes: list[int], repeats: int) -> dict[int, dict]:

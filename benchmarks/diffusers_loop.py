@@ -13,11 +13,11 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from benchmarks.full_size import FACTOR, size_width, texts
 from hybridiff.denoise import Task
 from hybridiff.samplers import TRAINING_STEPS
 from models.mmdit import MMDiT, MMDiTConfig
 from models.unet import UNetConfig
+from tests.full_size import FACTOR, size_width, texts
 from tests.small import undo
 from weights.names import translate
 

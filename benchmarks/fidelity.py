@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.full_size import in_words, intervals, machine, table, with_interval  # noqa: E402
+from benchmarks.common import in_words, intervals, machine, table, with_interval  # noqa: E402
 from hybridiff.app.files import write_whole  # noqa: E402
 from hybridiff.app.report.page import psnr  # noqa: E402
 from hybridiff.cost import Costs, length, part_costs, timeline  # noqa: E402

@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import SHARES, in_words, intervals, table  # noqa: E402
 from benchmarks.fidelity import (
     HEAD,
     Results,
@@ -28,7 +29,6 @@ from benchmarks.fidelity import (
     paper_row,
     parser_of,
 )  # noqa: E402
-from benchmarks.full_size import SHARES, in_words, intervals, table  # noqa: E402
 from benchmarks.speed import SIZES  # noqa: E402
 from hybridiff.app.report.charts import tag  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402

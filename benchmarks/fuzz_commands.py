@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import train_free_sample  # noqa: E402
-from benchmarks.full_size import in_words, machine, table  # noqa: E402
+from benchmarks.common import in_words, machine, table  # noqa: E402
 
 SCRIPT = ROOT / "train_free_sample.py"
 NUMBERS = [

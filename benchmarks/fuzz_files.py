@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from mutations import MUTATIONS, acceptable, outcome  # noqa: E402
-from small import random_states, write_single  # noqa: E402
+from tests.mutations import MUTATIONS, acceptable, outcome  # noqa: E402
+from tests.small import random_states, write_single  # noqa: E402
 
 
 def peak_bytes() -> int:

@@ -29,7 +29,7 @@ from torch import Tensor, nn  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.full_size import FACTOR, FAMILIES, FULL, SEED, TINY, TOKENS, fill, in_words, machine, texts  # noqa: E402
+from benchmarks.common import FAMILIES, in_words, machine  # noqa: E402
 from benchmarks.gpu_tools import (  # noqa: E402
     BACKENDS,
     SMALL,
@@ -58,6 +58,7 @@ from hybridiff.app.report.page import psnr  # noqa: E402
 from models.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from models.mmdit import JointBlock, MMDiT, RMSNorm  # noqa: E402
 from models.unet import ResBlock, TransformerBlock  # noqa: E402
+from tests.full_size import FACTOR, FULL, SEED, TINY, TOKENS, fill, texts  # noqa: E402
 
 REPEATED = {"sdxl": (ResBlock, TransformerBlock), "sd3": (JointBlock,)}  # the blocks that are compiled
 THEIRS = {"sdxl": ["BasicTransformerBlock"], "sd3": ["JointTransformerBlock"]}  # of diffusers

@@ -15,12 +15,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.full_size import FAMILIES, in_words, machine, make_task, table  # noqa: E402
+from benchmarks.common import FAMILIES, in_words, machine, table  # noqa: E402
 from benchmarks.gpu_tools import Recording  # noqa: E402
 from benchmarks.speed import predict, show_prediction  # noqa: E402
 from benchmarks.timed import runs_of, time_runs  # noqa: E402
 from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from hybridiff.partition import partition  # noqa: E402
+from tests.full_size import make_task  # noqa: E402
 
 
 @torch.inference_mode()

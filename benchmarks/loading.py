@@ -22,11 +22,10 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from official import DTYPE_BYTES, tensors  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from hybridiff.text import encode  # noqa: E402
+from tests.official import DTYPE_BYTES, tensors  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
 NAME, BLOCK = "sdxl-random.safetensors", 2**24  # values in the random block

@@ -19,11 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from small import random_states, write_folder, write_single  # noqa: E402
-
-from benchmarks.full_size import in_words, machine, table  # noqa: E402
+from benchmarks.common import in_words, machine, table  # noqa: E402
+from tests.small import random_states, write_folder, write_single  # noqa: E402
 
 SCRIPT = ROOT / "train_free_sample.py"
 

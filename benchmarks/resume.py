@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.full_size import in_words, machine, table  # noqa: E402
+from benchmarks.common import in_words, machine, table  # noqa: E402
 
 SCRIPT = ROOT / "train_free_sample.py"
 PROMPTS = (

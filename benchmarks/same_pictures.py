@@ -21,7 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.full_size import in_words, machine  # noqa: E402
+from benchmarks.common import in_words, machine  # noqa: E402
 from hybridiff.app.files import save_picture  # noqa: E402
 from hybridiff.app.report.record import settings_of  # noqa: E402
 from hybridiff.distributed.transport import LocalTransport, Transport, connect, disconnect  # noqa: E402

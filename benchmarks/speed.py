@@ -24,18 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import (
-    FAMILIES,
-    SHARES,
-    TOKENS,
-    in_words,
-    intervals,
-    machine,
-    make_task,
-    on_meta,
-    row_plan,
-    table,
-)  # noqa: E402
+from benchmarks.common import FAMILIES, SHARES, in_words, intervals, machine, row_plan, table  # noqa: E402
 from benchmarks.timed import (  # noqa: E402
     PARTS,
     on_ranks_with_task,
@@ -51,6 +40,7 @@ from hybridiff.denoise import Task  # noqa: E402
 from hybridiff.partition import Partition, partition  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.schedule import Name, StepPlan  # noqa: E402
+from tests.full_size import TOKENS, make_task, on_meta  # noqa: E402
 from weights.demo.loop import bf16_pays  # noqa: E402
 
 SIZES = {"sdxl": 512, "sd3": 256}  # of the whole runs

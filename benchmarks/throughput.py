@@ -18,15 +18,14 @@ import torch
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from tiny import free_port, make_task  # noqa: E402
-
-from benchmarks.full_size import in_words, machine, row_plan, table  # noqa: E402
+from benchmarks.common import in_words, machine, row_plan, table  # noqa: E402
 from hybridiff.app.batch import Job, take_turns  # noqa: E402
 from hybridiff.cost import Costs, length, part_costs, plan_all, timeline  # noqa: E402
 from hybridiff.denoise import Task, denoise  # noqa: E402
 from hybridiff.distributed.transport import connect, disconnect  # noqa: E402
+from tests.tiny import free_port, make_task  # noqa: E402
 
 
 def asleep(task: Task, shares: Costs, seconds: float) -> Task:

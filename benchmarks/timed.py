@@ -13,13 +13,13 @@ from statistics import median
 import torch
 import torch.multiprocessing as mp
 
-from benchmarks.full_size import make_task
 from hybridiff.denoise import Task, denoise
 from hybridiff.distributed.transport import LocalTransport, Transport, connect, disconnect
 from hybridiff.partition import Partition, partition
 from hybridiff.schedule import Run
 from hybridiff.strategies import Settings, Strategy
 from models.tape import Features, Span
+from tests.full_size import make_task
 from tests.tiny import free_port
 
 PARTS = ("entry", "inner", "exit", "whole", "whole, batch 2")

@@ -13,11 +13,10 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from test_tokenizers import differing, strings, t5_oracle, write_clip  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from models.tokenizers import CLIPTokenizer, T5Tokenizer  # noqa: E402
+from tests.models.test_tokenizers import differing, strings, t5_oracle, write_clip  # noqa: E402
 from weights.find import DEMO_FOLDER  # noqa: E402
 from weights.tokenizers import T5_EXTRA, packed_clip  # noqa: E402
 

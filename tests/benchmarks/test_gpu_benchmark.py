@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.gpu_tools import Bench, Recording, class_of, count_work, digest, graph_of, show
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "gpu.py"
 PARTS = ["graphs", "attention", "sd3-compile", "sdxl-compile", "decode", "diffusers"]
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CLIP, DEMO
-from toy import FAMILY, Toy, ToyConfig
 
 import models
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.clip import CLIPConfig, CLIPText
+from tests.small import CLIP, DEMO
+from tests.toy import FAMILY, Toy, ToyConfig
 from weights.load import WeightsError, open_checkpoint
 
 SIZES = {
@@ -25,7 +25,7 @@ SIZES = {
     "vae": (Autoencoder, AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent_channels=6)),
     "clip_l": (CLIPText, CLIPConfig(width=64, heads=1, activation="gelu", **CLIP)),
 }
-SCRIPT = Path(__file__).parent / "toy.py"
+SCRIPT = Path(__file__).parent.parent / "toy.py"
 
 
 @pytest.fixture(scope="module")

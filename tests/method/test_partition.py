@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_command_line import torchrun
 
 from hybridiff.cost import idle_ranks, runs_of, unit_times
 from hybridiff.denoise import Worker
@@ -23,6 +22,7 @@ from hybridiff.switching import SwitchRule
 from models.mmdit import MMDiT, MMDiTConfig
 from models.tape import best_cuts
 from models.unet import UNet, UNetConfig
+from tests.processes import torchrun
 from tests.tiny import make_task, run
 from weights.load import open_checkpoint
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small import RULES
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hybridiff.app.memory
 import train_free_sample
-from benchmarks.full_size import make_task
 from hybridiff.app.memory import FEATURES, Place, demands, refuse_too_large
 from hybridiff.errors import UsageError
 from hybridiff.request import Request
 from models.autoencoder import Autoencoder, AutoencoderConfig
+from tests.full_size import make_task
+from tests.small import RULES
 from weights.load import open_checkpoint
 
 CPU = torch.device("cpu")

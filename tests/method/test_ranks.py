@@ -1,7 +1,6 @@
 """Ranks that disagree, die or fall silent: the others end soon, with a sentence. `benchmarks/deaths.py` has the whole matrix."""
 
 import json
-import random
 import signal
 import time
 from pathlib import Path
@@ -9,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.deaths import Case, matrix, run_case, start
 from hybridiff.distributed.transport import label
 from hybridiff.schedule import prediction
+from tests.processes import start
 from weights.load import open_checkpoint
 
 
@@ -67,33 +66,6 @@ def test_the_other_rank_ends_too(victim, how, words, tmp_path, monkeypatch):
     assert said.endswith(written["message"])
     assert int(written["extraInfo"]["timestamp"]) > (tmp_path / "error.json").stat().st_mtime
     assert not list(tmp_path.glob("*.png*")) and not list(tmp_path.glob(".*"))
-
-
-SAMPLE = random.Random(3).sample([case for case in matrix(2) if not case.torchrun and case.how != "wait"], 4)
-INTERRUPTS = [
-    Case("pipeline", "wait", 1, False),
-    Case("load", "wait", 0, True),
-    Case("start", "wait", 1, True),
-]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [*SAMPLE, *INTERRUPTS],
-    ids=lambda case: f"{case.place}, {case.how}, {case.victim}, {case.torchrun}",
-)
-def test_a_death_at_any_phase(case, tmp_path):
-    """A seeded sample of `benchmarks/deaths.py`: the others end with a sentence each, nothing is left over; Ctrl-C ends all with one line."""
-    result = run_case(
-        case,
-        tmp_path,
-        2,
-        "--preset paper --cap 4 --interval 3 --steps 12".split(),
-        timeout=5,
-        limit=60,
-        interrupt=60,
-    )
-    assert not result["wrong"], result
 
 
 def test_interrupts_after_the_picture(tmp_path):

@@ -15,11 +15,11 @@ import torch
 import transformers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from small import FOLDERS, PREFIXES, SIZES, random_states, write_folder, write_single
-from test_bad_files import sentence
 from torch import Tensor
 
 import train_free_sample
+from tests.small import FOLDERS, PREFIXES, SIZES, random_states, write_folder, write_single
+from tests.weights.test_bad_files import sentence
 from weights import find
 from weights.describe import describe, needs
 from weights.load import open_checkpoint

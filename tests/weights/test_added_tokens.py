@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small import PIECES, WORDS, random_states, write_folder, write_single
-from test_tokenizers import differing, strings, t5_oracle
 from tokenizers import AddedToken
 
 import train_free_sample
+from tests.models.test_tokenizers import differing, strings, t5_oracle
+from tests.small import PIECES, WORDS, random_states, write_folder, write_single
 from weights.describe import needs
 from weights.load import open_checkpoint
 

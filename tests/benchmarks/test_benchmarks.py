@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.full_size import FAMILIES, make_task, row_plan
+from benchmarks.common import FAMILIES, row_plan
 from benchmarks.speed import LINKS, by_medians, plans_of, predict
 from hybridiff.cost import total_bytes
 from hybridiff.denoise import denoise
 from hybridiff.distributed.transport import LocalTransport
 from hybridiff.schedule import prediction
+from tests.full_size import make_task
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 
 def script(name: str, *options: object) -> subprocess.CompletedProcess:

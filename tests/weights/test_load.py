@@ -14,14 +14,14 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from official import tensors, write_sparse
 from safetensors.torch import load_file, save_file
-from small import FOLDERS, PIECES, PREFIXES, SIZES, random_states, write_folder, write_single
-from test_samplers import relative
-from test_tokenizers import t5_oracle
 from torch import Tensor, nn
 
 from hybridiff.text import encode
+from tests.method.test_samplers import relative
+from tests.models.test_tokenizers import t5_oracle
+from tests.official import tensors, write_sparse
+from tests.small import FOLDERS, PIECES, PREFIXES, SIZES, random_states, write_folder, write_single
 from weights import find
 from weights.describe import describe, needs
 from weights.load import Checkpoint, WeightsError, open_checkpoint

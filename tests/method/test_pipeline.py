@@ -25,15 +25,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from small import CLIP, RULES, random_states, write_folder, write_single
-from test_samplers import BETAS, relative
-from test_tokenizers import t5_oracle
 from torch import Tensor
 
 from hybridiff.distributed.transport import LocalTransport
 from hybridiff.pipeline import Result, draw_noise, generate, plan_picture
 from hybridiff.request import Request
 from hybridiff.text import encode
+from tests.method.test_samplers import BETAS, relative
+from tests.models.test_tokenizers import t5_oracle
+from tests.small import CLIP, RULES, random_states, write_folder, write_single
 from weights.load import open_checkpoint
 
 torch.set_num_threads(1)

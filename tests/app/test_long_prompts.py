@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from official import tensors, write_sparse
 
 import train_free_sample
+from tests.official import tensors, write_sparse
 from weights.load import open_checkpoint
 
 SCRIPT = Path(train_free_sample.__file__)

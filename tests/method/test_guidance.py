@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from small import random_states, write_single
 
 import train_free_sample
 from hybridiff.denoise import Worker
 from hybridiff.distributed.transport import LocalTransport
 from hybridiff.guidance import discrepancy
 from hybridiff.schedule import DISCREPANCY, GUIDED, Guide, Measure, Step, prediction
+from tests.small import random_states, write_single
 from tests.tiny import make_task
 
 

@@ -13,9 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from small import random_states, write_single
-from test_command_line import SCRIPT, call, torchrun
-from tiny import free_port
 
 import hybridiff.app.several
 from hybridiff.app.batch import make_jobs
@@ -23,6 +20,9 @@ from hybridiff.app.prompts import read_prompts
 from hybridiff.distributed.transport import replicas
 from hybridiff.errors import UsageError
 from hybridiff.schedule import GUIDED
+from tests.processes import SCRIPT, call, torchrun
+from tests.small import random_states, write_single
+from tests.tiny import free_port
 from weights.load import open_checkpoint
 
 LINES = """a large red circle on a blue background

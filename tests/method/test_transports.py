@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny import free_port, make_task, run
 
 import hybridiff.distributed.transport
 from hybridiff.denoise import denoise
@@ -22,6 +21,7 @@ from hybridiff.errors import PeerLost, UsageError
 from hybridiff.schedule import Name
 from hybridiff.strategies import STRATEGIES, Settings
 from hybridiff.switching import SwitchRule
+from tests.tiny import free_port, make_task, run
 
 CPU, RULE = torch.device("cpu"), SwitchRule(window=3, slope=0.0, cap=3, interval=2)
 SHAPES = [

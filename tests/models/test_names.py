@@ -7,7 +7,6 @@ of weights/names.py say of every tensor of both layouts the same as the official
 import math
 
 import pytest
-from official import data, shapes
 
 from models import family_of
 from models.autoencoder import AutoencoderConfig
@@ -16,6 +15,7 @@ from models.family import Part
 from models.mmdit import MMDiTConfig
 from models.t5 import T5Config
 from models.unet import UNet, UNetConfig
+from tests.official import data, shapes
 from weights.check import build
 from weights.names import Source, translate
 

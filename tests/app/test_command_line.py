@@ -1,41 +1,24 @@
 """The command line as a user meets it: pictures, reports and refusals, in one process and under torchrun."""
 
 import json
-import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from official import tensors, write_sparse
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
 import hybridiff.app.options
 import train_free_sample
-from benchmarks.fuzz_commands import draw, try_line
 from hybridiff.app.report.page import psnr
 from hybridiff.request import usual_dtype
+from tests.official import tensors, write_sparse
+from tests.processes import SCRIPT, call, torchrun
 from weights.load import open_checkpoint
 
-SCRIPT = Path(train_free_sample.__file__)
 STAGES = ["warm-up", "parallelism", "fully-connecting"]
-
-
-def call(monkeypatch, *options: str) -> int:
-    """The script in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
-    return train_free_sample.main()
-
-
-def torchrun(*options: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    """The script on ranks of its own."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*launch, str(SCRIPT), *options], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("weights", ["demo-sdxl", "demo-sd3"])
@@ -284,13 +267,6 @@ def test_sd3_without_t5(monkeypatch, tmp_path):
     assert call(monkeypatch, *options, str(tmp_path / "without.png"), "--no-t5") == 0
     pictures = [Image.open(tmp_path / name).tobytes() for name in ("with.png", "without.png")]
     assert pictures[0] != pictures[1]
-
-
-def test_any_command_line_ends_well():
-    """A seeded sample of `benchmarks/fuzz_commands.py`: a whole picture or one sentence."""
-    rng = random.Random(11)
-    for line in [draw(rng, False) for _ in range(12)]:
-        assert not (result := try_line(line, False))["wrong"], result
 
 
 def test_torchrun_passes_every_option_on(monkeypatch):

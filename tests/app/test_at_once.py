@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_command_line import SCRIPT, call
 
 import hybridiff.app.several
 import train_free_sample
+from tests.processes import SCRIPT, call
 
 FEW = ("--steps", "1", "--seed", "7")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import PREFIXES, RULES, random_states, write_single
 
 import hybridiff.pipeline
 from hybridiff.distributed.transport import LocalTransport
 from hybridiff.errors import UsageError
 from hybridiff.pipeline import decode, generate, plan_picture
 from hybridiff.request import Request
+from tests.small import PREFIXES, RULES, random_states, write_single
 from weights.load import open_checkpoint
 
 torch.set_num_threads(1)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.full_size import make_task as make_full_task
 from hybridiff.app.explain import draw, explain
 from hybridiff.cost import length, part_costs, plan_all, timeline, total_bytes
 from hybridiff.schedule import Step, StepPlan, prediction
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
 from models.tape import Shard
+from tests.full_size import make_task as make_full_task
 from tests.tiny import make_task, run, split_at
 
 CAPPED = SwitchRule(window=50, cap=4, interval=3)

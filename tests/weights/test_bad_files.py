@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import MUTATIONS, acceptable, outcome
-from official import tensors, write_sparse
 from safetensors.torch import load_file, save_file
-from small import random_states, write_folder, write_single
 
+from tests.mutations import MUTATIONS, acceptable, outcome
+from tests.official import tensors, write_sparse
+from tests.small import random_states, write_folder, write_single
 from weights.describe import describe
 from weights.load import WeightsError, open_checkpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.tiny import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 RANK = """
 import os, signal, sys
 from datetime import timedelta

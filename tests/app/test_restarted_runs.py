@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from test_command_line import SCRIPT, call
+
+from tests.processes import SCRIPT, call
 
 # The command line, but rank 1 kills itself once the picture of this attempt, the next of the first argument, is there.
 KILLED = f"""
