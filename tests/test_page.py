@@ -20,7 +20,7 @@ from hybridiff.strategies import STRATEGIES
 from hybridiff.switching import SwitchRule
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-PROMPT = "<script>document.title='owned'</script> \"a\" & 'b' <img src=http://localhost/x>"
+PROMPT = "<script>document.title='owned'</script> \"a\" & 'b' <img src=http://localhost/x> {{ 6 * 7 }}"
 SIZES = {"desk": 1200, "phone": 360}
 
 
