@@ -18,14 +18,15 @@ from hybridiff.switching import MIDDLE, Switch
 
 TEMPLATE = Path(__file__).with_name("template.html")
 MIDDLE_WORDS = {  # on the pipelined or skipped steps, by strategy
-    "paper": "From here the two predictions are treated as one. The network itself is cut into as many parts as there are ranks, and each rank evaluates "
-    "only its own, on what other ranks made one step earlier. There is one prediction and no guidance: cheaper, and no longer exact.",
-    "step-extrapolation": "Some steps, evenly spread, are not computed: their guided prediction is taken from the line through the last two computed ones. "
-    "The steps between them are computed in full.",
-    "inner-reuse": "In some steps, evenly spread, each rank evaluates only the outer parts of the network; the inner features are continued from the last two "
-    "full steps.",
-    "guided-pipeline": "One rank evaluates the outer parts of the network, the other the inner part, under one text a step, in turns. The branch whose turn it is not is "
-    "continued from its last two predictions, so that guidance stays.",
+    "paper": "These are pipelined steps: the two predictions are treated as one. The network itself is cut into as many spans as "
+    "there are ranks, and each rank evaluates only its own, on what other ranks made one step earlier. There is one prediction and no guidance: cheaper, and "
+    "no longer exact.",
+    "step-extrapolation": "Some of these steps, evenly spread, are skipped: they are not computed, and their guided prediction is extrapolated from the last two "
+    "computed ones. The steps between them are computed in full.",
+    "inner-reuse": "Some of these steps, evenly spread, are skipped steps: each rank evaluates only the outer parts of the network, and the inner features are "
+    "extrapolated from the last two full steps.",
+    "guided-pipeline": "One rank evaluates the outer parts of the network, the other the inner part, for one branch a step, in turns. The prediction of the other "
+    "branch is extrapolated from its last two, so that guidance stays.",
 }
 BYTES_WORDS = {
     "prediction": "predictions of the whole network",
@@ -110,7 +111,7 @@ def full_step_words(report: dict) -> str:
         )
     return (
         share
-        + " They swap the two predictions. The result is what one device would compute"
+        + " They exchange the two predictions. The result is what one device would compute"
         + (", but for rounding." if divided else ".")
     )
 
@@ -120,11 +121,11 @@ def why(switch: Switch | None, settings: dict) -> str:
     if settings["strategy"] != "paper":
         return "This strategy does not look at the curve; it is only measured, in the steps that evaluate both branches."
     if switch is None:
-        return "The switch never came in these steps: all of them were guided."
+        return "It never switched in these steps: all of them were guided."
     if switch.reason == "slope":
         return (
             f"From step {switch.tau1 - settings['window'] + 1} to step {switch.tau1} the curve fell by less than g = {settings['slope']:g} a step on "
-            f"average (the dashed line above, the ringed dot below): tau1 = {switch.tau1}, and tau2 = tau1 + {settings['interval']} = {switch.tau2}."
+            f"average (the dashed line above, the circled dot below): tau1 = {switch.tau1}, and tau2 = tau1 + {settings['interval']} = {switch.tau2}."
         )
     return (
         f"The slope had not decided before step {switch.tau1}, so the cap did (the upright dashed line): tau1 = {switch.tau1}, and "
