@@ -20,7 +20,7 @@ from hybridiff.strategies import STRATEGIES
 from hybridiff.switching import SwitchRule
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-PROMPT = "<script>document.title='owned'</script> \"a\" & 'b' <img src=http://localhost/x>"
+PROMPT = "<script>document.title='owned'</script> \"a\" & 'b' <img src=http://localhost/x> {{ 6 * 7 }}"
 SIZES = {"desk": 1200, "phone": 360}
 
 
@@ -84,6 +84,7 @@ def test_page_holds_what_the_report_holds(folder):
     )
     assert f"PSNR {report['serial']['psnr']:.1f} dB" in page.said and not report["serial"]["equal"]
     assert all(str(value) in page.said for value in report["settings"].values() if value is not None)
+    assert "These are pipelined steps:" in page.said and "branches lie apart" not in page.said
     assert len(report["ranks"]) == 2
     runs = [a for tag, a in page.tags if tag == "rect" and a.get("class") == "run"]
     assert len(runs) > 2 * 10  # two ranks, ten steps, and the steps around the switch once more
