@@ -97,7 +97,10 @@ class UNetConfig:
 
 def check_whole(shapes: Shapes, count: int, blocks: int, depths: list[int]) -> None:
     """ValueError where a U-Net was pruned block by block, so that its levels no longer tell its sizes."""
-    reasons = [] if any(name.startswith("middle_block.") for name in shapes) else ["it has no middle block"]
+    middle = ("middle_block.0.", "middle_block.1.transformer_blocks.", "middle_block.2.")
+    there = [any(name.startswith(layer) for name in shapes) for layer in middle]
+    missing = "it has no middle block" if not any(there) else "its middle block is not whole"
+    reasons = [missing] if any(depths) and not all(there) else []
     for half in ("input", "output"):
         for i in range(count):
             level = i // (blocks + 1) if half == "input" else len(depths) - 1 - i // (blocks + 1)

@@ -33,8 +33,11 @@ class Variant:
         return [self.whole, *numbered] if self.whole else numbered
 
 
-def variants(folder: Path, text: bool) -> dict[str, Variant]:
-    """The weights of a sub-folder by variant ("" first): those under the usual name, else under any one name."""
+def variants(folder: Path, text: bool) -> tuple[dict[str, Variant], list[Path]]:
+    """The weights of a sub-folder by variant ("" first), under the usual name or else under any one name; the files under other names.
+
+    WeightsError where there are several names, none of them usual.
+    """
     found: dict[str, dict[str, Variant]] = {}  # stem -> variant
     for file in sorted(folder.glob("*.safetensors")):
         if match := FILE.fullmatch(file.name):
@@ -50,10 +53,18 @@ def variants(folder: Path, text: bool) -> dict[str, Variant]:
             found.setdefault(match["stem"], {}).setdefault(name, Variant()).index = file
     usual = TRANSFORMERS if text else DIFFUSERS
     filled = [stem for stem, those in found.items() if any(variant.files() for variant in those.values())]
-    stem = min(
-        filled, key=lambda stem: (stem != usual, stem not in (DIFFUSERS, TRANSFORMERS), stem), default=None
-    )
-    return dict(sorted(found.get(stem, {}).items(), key=lambda item: (ORDER.get(item[0], 3), item[0])))
+    stem = min(filled, key=lambda stem: (stem != usual, stem not in (DIFFUSERS, TRANSFORMERS)), default=None)
+    others = [
+        file for other in filled if other != stem for one in found[other].values() for file in one.files()
+    ]
+    if others and stem not in (DIFFUSERS, TRANSFORMERS):
+        raise WeightsError(
+            f"{folder} holds weights under several names ({some(sorted(f'{stem}.safetensors' for stem in filled))}), and"
+            f" nothing says which count: keep one, as {usual}.safetensors."
+        )
+    return dict(
+        sorted(found.get(stem, {}).items(), key=lambda item: (ORDER.get(item[0], 3), item[0]))
+    ), others
 
 
 def chosen(folder: Path, text: bool, variant: Variant) -> list[Path]:
@@ -98,7 +109,7 @@ def folder_entries(folder: Path, text: bool) -> tuple[dict[str, Entry], list[str
     The plain files are taken, else the fp16 or bf16 variant. A variant that cannot be used, such as one with a pointer of Git LFS
     or without the files that its index names, makes way for the next. Shards are put together.
     """
-    found = variants(folder, text)
+    found, others = variants(folder, text)
     if not found:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
         raise WeightsError(
@@ -116,7 +127,7 @@ def folder_entries(folder: Path, text: bool) -> tuple[dict[str, Entry], list[str
         if problems:
             problem = str(problems[0]).rstrip(".")
             return entries, [f"{problem}; the variant {name or 'without a name'} beside it is taken."]
-        left = sorted({file for other in found.values() for file in other.files()} - set(files))
+        left = sorted({file for other in found.values() for file in other.files()} - set(files)) + others
         if not left:
             return entries, []
         taken = f"{folder} holds several sets of weights: {listed(files)} is taken, {listed(left)} is not"

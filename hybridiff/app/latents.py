@@ -31,42 +31,39 @@ def save_both(
     overwrite: bool = False,
     **how,
 ) -> Path:
-    """Write the picture, as save_picture does, and the latents where they are wanted; returns the picture's path.
+    """Write the latents where they are wanted, then the picture, as save_picture does; returns the picture's path.
 
-    UsageError where that fails; the latents are then kept somewhere, which the sentence tells.
+    The picture comes last, so that where it is the latents are too. UsageError where one fails; the other is written all the
+    same, and the latents are kept somewhere, which the sentence tells.
     """
     details = seed, settings, overwrite
-    try:
-        picture = save_picture(image, picture, *details, **how)
-    except UsageError as error:
-        where, kept_words = rescue(latents, kept, *details)
-        advice = f" Make the picture with --decode {where} and an --out that can be written." if where else ""
-        raise UsageError(f"{error} {kept_words}{advice}") from None
+    failed, where = None, kept
     if kept:
         try:
             save_latents(latents, kept, *details)
         except UsageError as error:
-            raise UsageError(
-                f"{error} The picture is in {picture}. {rescue(latents, None, *details)[1]}"
-            ) from None
+            failed = error
+    try:
+        picture = save_picture(image, picture, *details, **how)
+    except UsageError as error:
+        where, words = (
+            (kept, f"The latents are kept in {kept}.") if kept and not failed else rescue(latents, *details)
+        )
+        advice = f" Make the picture with --decode {where} and an --out that can be written." if where else ""
+        raise UsageError(f"{error} {words}{advice}") from None
+    if failed:
+        raise UsageError(f"{failed} The picture is in {picture}. {rescue(latents, *details)[1]}")
     return picture
 
 
-def rescue(
-    latents: Tensor, kept: Path | None, seed: int, settings: dict, overwrite: bool = False
-) -> tuple[Path | None, str]:
-    """Keep the latents where they were wanted, or else in the folder for temporary files; (where, None if they are lost; that in a sentence)."""
-    for place in (kept, None) if kept else (None,):
-        try:
-            path = (
-                place or Path(tempfile.gettempdir()) / f"hybridiff-{seed}-{secrets.token_hex(4)}.safetensors"
-            )
-            save_latents(latents, path, seed, settings, overwrite)
-        except (UsageError, OSError) as error:  # OSError: there is no folder for temporary files
-            lost = str(error)
-        else:
-            return path, f"The latents are kept in {path}."
-    return None, f"The latents are lost too: {lost}"
+def rescue(latents: Tensor, seed: int, settings: dict, overwrite: bool = False) -> tuple[Path | None, str]:
+    """Keep the latents in the folder for temporary files; (where, None if they are lost; that in a sentence)."""
+    try:
+        path = Path(tempfile.gettempdir()) / f"hybridiff-{seed}-{secrets.token_hex(4)}.safetensors"
+        save_latents(latents, path, seed, settings, overwrite)
+    except (UsageError, OSError) as error:  # OSError: there is no folder for temporary files
+        return None, f"The latents are lost too: {error}"
+    return path, f"The latents are kept in {path}."
 
 
 def read_latents(path: Path, channels: int) -> tuple[Tensor, int, dict]:

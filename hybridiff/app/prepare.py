@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import hybridiff
+from hybridiff.app.console import log
 from hybridiff.app.files import (
     PICTURE,
     PICTURES,
@@ -236,19 +237,20 @@ def check_several(args: argparse.Namespace) -> None:
 
 
 def finished_before(args: argparse.Namespace) -> Path | None:
-    """The picture, if an attempt of this run that torchrun has restarted since made it. UsageError where more than the picture is wanted and lacks."""
+    """The picture, if an attempt of this run that torchrun has restarted since made it; a report that it did not come to write is named."""
     run = this_run()
     candidates = [args.out] if args.out else sorted(Path().glob(f"{PICTURE.stem}*{PICTURE.suffix}"))
     found = next((path for path in candidates if run and read_text(path).get("run") == run), None)
     if found is None:
         return None
     reports = [args.report / name for name in ("report.json", "report.html")] if args.report else []
-    for path in filter(None, (args.save_latents, *reports)):  # written after the picture
+    for path in reports:  # written after the picture, as the latents are not
         if not path.exists() or path.stat().st_mtime < found.stat().st_mtime:
-            seed = read_text(found)["seed"]
-            raise UsageError(
-                f"{found} was made before this run was restarted, but not {path}: make both with --seed {seed} --out {found} --overwrite."
+            again = f"--seed {read_text(found)['seed']} --out {found} --overwrite"
+            log(
+                f"{found} was made before this run was restarted, but not {path}: for a report make it again with {again}"
             )
+            break
     return found
 
 

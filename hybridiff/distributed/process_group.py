@@ -66,9 +66,24 @@ def join(rank: int, world: int, timeout: timedelta, attempt: int) -> dist.Store:
     return dist.PrefixStore("counters", store)
 
 
+def meeting_place() -> str:
+    """Where the ranks find each other: rank 0's machine and port."""
+    return ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
+def no_answer() -> str | None:
+    """Why a connection to that place fails now, to follow "but"; None where it does not."""
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    try:
+        socket.create_connection((address, int(port)), timeout=1).close()
+    except (OSError, ValueError) as error:
+        return f"there was no connection ({getattr(error, 'strerror', None) or error})"
+    return None
+
+
 def no_meeting(error: BaseException) -> str | None:
     """What is wrong with the place where the ranks are to meet, as far as the error of torch.distributed says; None where a rank is missing or has ended."""
-    text, address = str(error), ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text, address = str(error), meeting_place()
     if "EADDRINUSE" in text or "in use" in text:
         return f"{address} is taken; give torchrun another --master_port, or --standalone."
     if "EADDRNOTAVAIL" in text:

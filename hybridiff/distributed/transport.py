@@ -31,7 +31,17 @@ from hybridiff.distributed.local import (
     label,
     trace,
 )
-from hybridiff.distributed.process_group import AtMost, Place, cause, join, no_meeting, no_nccl, this_place
+from hybridiff.distributed.process_group import (
+    AtMost,
+    Place,
+    cause,
+    join,
+    meeting_place,
+    no_answer,
+    no_meeting,
+    no_nccl,
+    this_place,
+)
 from hybridiff.errors import PeerLost, SharedError, UsageError
 from hybridiff.schedule import Name
 
@@ -39,12 +49,12 @@ from hybridiff.schedule import Name
 class Wait(AtMost):
     """A wait of `ranks` for others."""
 
-    def __init__(self, ranks: "TorchTransport", what: str):
+    def __init__(self, ranks: "TorchTransport", what: str, why: Callable[[], str | None]):
         super().__init__(ranks.timeout.total_seconds() + 3, self.late)
-        self.ranks, self.what = ranks, what
+        self.ranks, self.what, self.why = ranks, what, why
 
     def late(self) -> None:
-        self.ranks.end(self.what)
+        self.ranks.end(self.what, self.why())
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         super().__exit__()
@@ -69,7 +79,7 @@ class TorchTransport(Transport):
         )  # the ranks of this rank's replica, and of all
         self.places: list[Place] = []  # of the ranks of this rank's replica, see `locate`
         try:
-            with self.waiting("all ranks to start"):
+            with self.waiting(f"all ranks to start, at {meeting_place()}", no_answer):
                 self.counters = join(rank, world, timeout, restarts())
         except PeerLost as lost:
             if problem := no_meeting(lost.__cause__):
@@ -80,17 +90,17 @@ class TorchTransport(Transport):
             deque()
         )  # sends, with their step, keep their tensors alive until they are done
 
-    def waiting(self, what: str) -> "Wait":
-        """PeerLost, in words, where torch.distributed gives up; where it does not, this process ends a little later."""
-        return Wait(self, what)
+    def waiting(self, what: str, why: Callable[[], str | None] = lambda: None) -> "Wait":
+        """PeerLost, in words, where torch.distributed gives up; where it does not, this process ends a little later. `why` it might."""
+        return Wait(self, what, why)
 
     def at_most(self, what: str) -> AtMost:
         """The end of this process where what is within takes longer than the timeout and 3 seconds."""
         return AtMost(self.timeout.total_seconds() + 3, lambda: self.end(what))
 
-    def end(self, what: str) -> None:
+    def end(self, what: str, why: str | None = None) -> None:
         """The last resort, in a thread of its own."""
-        silent = f"nothing came for {self.timeout.total_seconds():g} seconds (`timeout`)"
+        silent = f"{why or 'nothing came'} for {self.timeout.total_seconds():g} seconds (`timeout`)"
         self.last_words(f"rank {self.members[self.rank]} waited for {what}{self.where()}, but {silent}.")
         os._exit(1)
 
