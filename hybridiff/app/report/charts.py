@@ -10,12 +10,12 @@ from hybridiff.switching import Stage, Switch, SwitchRule
 
 def tag(name: str, text: str = "", **attributes: object) -> str:
     """One SVG element; `cls` stands for class, underscores for hyphens, floats are rounded."""
-    attributes = ""
+    written = ""
     for attribute, value in attributes.items():
         key = attribute.replace("cls", "class").replace("_", "-")
         rounded = round(value, 3) if isinstance(value, float) else value
-        attributes += f' {key}="{escape(str(rounded))}"'
-    return f"<{name}{attributes}>{text}</{name}>"
+        written += f' {key}="{escape(str(rounded))}"'
+    return f"<{name}{written}>{text}</{name}>"
 
 
 def percent(value: float) -> str:
