@@ -33,6 +33,7 @@ from benchmarks.speed import SIZES  # noqa: E402
 from hybridiff.app.report.charts import tag  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
+from models import family_of  # noqa: E402
 
 STEPS = (50, 28)
 
@@ -260,7 +261,7 @@ def main() -> None:
                 [*line(row, got), f"{got['measured']:.2f}" if got["measured"] else ""]
                 for row, got in measured[family, steps]
             ]
-            sampler = next(iter(SAMPLERS[family]))
+            sampler = next(iter(SAMPLERS[family_of(family).prediction]))
             print(
                 f"\n## {family}, {steps} steps, {sampler}, guidance {studio.guidance:g}\n\n{table([*HEAD, 'measured speed-up'], lines)}",
                 flush=True,

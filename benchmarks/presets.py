@@ -18,6 +18,7 @@ from benchmarks.common import in_words, table  # noqa: E402
 from benchmarks.fidelity import Results, Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
+from models import family_of  # noqa: E402
 
 STEPS = (10, 20, 28, 50, 100)
 GUIDANCES = (1.5, 5.0, 12.0)
@@ -83,7 +84,7 @@ def main() -> int:
     print(f"{in_words(results.conditions)}\n\n{WORDS}")
     for family, checkpoint in checkpoints.items():
         studio = Studio(checkpoint, args.prompts, [args.seed])
-        for sampler in (next(iter(SAMPLERS[family])), "dpmpp_2m"):
+        for sampler in (next(iter(SAMPLERS[family_of(family).prediction])), "dpmpp_2m"):
             lines = []
             for steps in (args.steps,) if args.steps else STEPS:
                 for guidance in GUIDANCES:

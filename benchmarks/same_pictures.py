@@ -29,6 +29,7 @@ from hybridiff.pipeline import generate, plan_picture  # noqa: E402
 from hybridiff.presets import paper_rule, usual_reuse  # noqa: E402
 from hybridiff.request import Request  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
+from models import family_of  # noqa: E402
 from tests.tiny import free_port  # noqa: E402
 from weights.load import open_checkpoint  # noqa: E402
 
@@ -47,7 +48,7 @@ def draw(rng: random.Random, strategy: str = "condition") -> tuple[str, Request]
     family, steps = rng.choice(["sdxl", "sd3"]), rng.randrange(1, 7)
     return family, Request(
         prompt=rng.choice(PROMPTS), negative_prompt=rng.choice([None, "", "blue"]), steps=steps, guidance=round(rng.uniform(1.1, 15), 2),
-        height=8 * 2 * rng.randrange(1, 11), width=8 * 2 * rng.randrange(1, 11), seed=rng.randrange(2**63), sampler=rng.choice(list(SAMPLERS[family])),
+        height=8 * 2 * rng.randrange(1, 11), width=8 * 2 * rng.randrange(1, 11), seed=rng.randrange(2**63), sampler=rng.choice(list(SAMPLERS[family_of(family).prediction])),
         strategy=strategy, rule=paper_rule(family, steps), dtype=torch.float32, reuse=usual_reuse(steps, 0.2), tiles=rng.random() < 0.2,
     )  # fmt: skip
 

@@ -273,9 +273,11 @@ def test_torchrun_passes_every_option_on(monkeypatch):
     """torchrun looks at the script's options too, and gives up where one begins like two of its own, as --start does."""
     options = []
     monkeypatch.setattr(
-        hybridiff.options.Parser, "parse_args", lambda parser: options.extend(parser._option_string_actions)
+        hybridiff.app.options.Parser,
+        "parse_args",
+        lambda parser: options.extend(parser._option_string_actions),
     )
-    hybridiff.options.parse_arguments()
+    hybridiff.app.options.parse_arguments()
     for option in options:
         told = get_args_parser().parse_args(["--standalone", str(SCRIPT), option, "5"])
         assert told.training_script_args == [option, "5"]

@@ -41,10 +41,10 @@ def test_nan_names_stage_and_tensor(family: str, part: str, key: str, words: tup
 
 @pytest.mark.parametrize("part, key, dtype, words", [
     ("clip_g", "text_projection.weight", torch.float32, "the weights are finite, so take a file with another text encoder"),
-    ("clip_g", "text_projection.weight", torch.bfloat16, "try --dtype float32, or"),
-    ("clip_g", "text_projection.weight", torch.float16, "try --dtype bfloat16 or float32, or"),
-    ("denoiser", "out.2.weight", torch.float32, "the weights are finite, so try a smaller --guidance"),
-    ("denoiser", "out.2.weight", torch.bfloat16, "try --dtype float32, or try a smaller --guidance"),
+    ("clip_g", "text_projection.weight", torch.bfloat16, "try `dtype` float32, or"),
+    ("clip_g", "text_projection.weight", torch.float16, "try `dtype` bfloat16 or float32, or"),
+    ("denoiser", "out.2.weight", torch.float32, "the weights are finite, so try a smaller `guidance`"),
+    ("denoiser", "out.2.weight", torch.bfloat16, "try `dtype` float32, or try a smaller `guidance`"),
     ("vae", "decoder.conv_out.weight", torch.bfloat16, "the weights are finite, so take a file with another autoencoder"),
 ])  # fmt: skip
 def test_finite_weights_that_overflow(part: str, key: str, dtype: torch.dtype, words: str, tmp_path: Path):

@@ -21,16 +21,16 @@ from hybridiff.distributed.transport import TorchTransport
 pictures = sys.argv.pop(1).split(",")
 attempt, start = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), time.time()
 if os.environ["RANK"] == "1" and attempt < len(pictures):
-    picture, gather, leave = Path(pictures[attempt]), TorchTransport.gather, TorchTransport.leave
+    picture, gather, shutdown = Path(pictures[attempt]), TorchTransport.all_gather, TorchTransport.shutdown
     def die():
         if picture.exists() and picture.stat().st_mtime > start:
             os.kill(os.getpid(), signal.SIGKILL)
-    TorchTransport.gather = lambda self, word: (die(), gather(self, word))[1]
+    TorchTransport.all_gather = lambda self, word: (die(), gather(self, word))[1]
     def wait(self):
         while True:
             die()
             time.sleep(0.02)
-    TorchTransport.leave = wait
+    TorchTransport.shutdown = wait
 sys.exit(train_free_sample.main())
 """
 

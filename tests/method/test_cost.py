@@ -8,6 +8,7 @@ import torch
 
 from hybridiff.app.explain import draw, explain
 from hybridiff.cost import length, part_costs, plan_all, timeline, total_bytes
+from hybridiff.pipeline import Plan
 from hybridiff.schedule import Step, StepPlan, prediction
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
@@ -126,7 +127,11 @@ def test_explain_reads_well(family):
     task = make_task(family, 20)
     on_meta = replace(task, denoiser=task.denoiser.to("meta"))
     text, more = (
-        explain("paper", STRATEGIES["paper"].on(task.denoiser, ranks), Settings(20, CAPPED), on_meta)
+        explain(
+            "paper",
+            Plan(None, STRATEGIES["paper"].on(task.denoiser, ranks), task.sampler, Settings(20, CAPPED)),
+            on_meta,
+        )
         for ranks in (2, 4)
     )
     for piece in {

@@ -110,7 +110,7 @@ def test_every_pattern_over_gloo(world: int, tmp_path: Path):
 
 def test_one_process_sends_nothing():
     LocalTransport().open_channels(CPU, "gloo")
-    LocalTransport().leave()
+    LocalTransport().shutdown()
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -133,7 +133,7 @@ def test_first_messages_never_wait_for_each_other(world: int, monkeypatch: pytes
             timedelta(seconds=20),
         )
         rank.wire, rank.channels = CPU, {pair: pair for pair in channels}
-        rank.meet()
+        rank.warm_up()
 
     monkeypatch.setattr(hybridiff.distributed.transport.dist, "send", meets)
     monkeypatch.setattr(hybridiff.distributed.transport.dist, "recv", meets)
