@@ -1,7 +1,7 @@
 """Bytes that travel for one picture, from the schedule alone: `python benchmarks/bytes.py`.
 
 SDXL and SD3-medium (333 text tokens) in 50 steps at 1024 x 1024 in fp16; shapes only, no weights, nothing is computed.
-tests/test_benchmarks.py and tests/test_timeline.py hold the same arithmetic against what the transport counts.
+tests/benchmarks/test_benchmarks.py and tests/method/test_cost.py hold the same arithmetic against what the transport counts.
 """
 
 import argparse

@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.common import in_words, machine, table  # noqa: E402
-from benchmarks.dying_rank import HOWS, PLACES  # noqa: E402
+from benchmarks.hardship.dying_rank import HOWS, PLACES  # noqa: E402
 from tests.processes import start  # noqa: E402
 from tests.tiny import free_port  # noqa: E402
 
-SCRIPT, DYING = ROOT / "train_free_sample.py", ROOT / "benchmarks" / "dying_rank.py"
+SCRIPT, DYING = ROOT / "train_free_sample.py", ROOT / "benchmarks" / "hardship" / "dying_rank.py"
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP, "wait": signal.SIGINT}
 INTERRUPT = 5.0  # seconds that Ctrl-C may take
 TORCHRUN = 35.0  # seconds after which torchrun kills what does not end by itself

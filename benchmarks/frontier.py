@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHARES, in_words, intervals, table  # noqa: E402
-from benchmarks.fidelity import (
+from benchmarks.quality.fidelity import (
     HEAD,
     Results,
     Row,

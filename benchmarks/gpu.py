@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.common import FAMILIES, in_words, machine  # noqa: E402
-from benchmarks.gpu_tools import (  # noqa: E402
+from benchmarks.timing.gpu_tools import (  # noqa: E402
     BACKENDS,
     SMALL,
     Bench,
@@ -328,7 +328,7 @@ def theirs(bench: Bench, family: str, compile: bool) -> dict:
     """diffusers' network of the same sizes at 1024, random weights: milliseconds as Python runs it and as a graph."""
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-    from benchmarks.diffusers_loop import mmdit_sizes, unet_sizes
+    from benchmarks.timing.diffusers_loop import mmdit_sizes, unet_sizes
 
     case, cuda = Case(bench, family, 1024, 1), bench.device == "cuda"
     kind, sizes = SD3Transformer2DModel, mmdit_sizes

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import in_words, table  # noqa: E402
-from benchmarks.fidelity import Results, Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
+from benchmarks.quality.fidelity import Results, Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
 from hybridiff.samplers import SAMPLERS  # noqa: E402
 from models import family_of  # noqa: E402

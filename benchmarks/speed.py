@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import FAMILIES, SHARES, in_words, intervals, machine, row_plan, table  # noqa: E402
-from benchmarks.timed import (  # noqa: E402
+from benchmarks.timing.timed import (  # noqa: E402
     PARTS,
     on_ranks_with_task,
     part_of,

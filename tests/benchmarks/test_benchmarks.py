@@ -146,11 +146,11 @@ def test_older_part_times_of_sd3_count_too():
 
 def test_graphs_shows_what_was_measured():
     """The table of docs/method.md from the kept file; without a GPU the script refuses."""
-    ran = script("graphs.py", "--show", "--json", BENCHMARKS / "results" / "graphs-h200-fp16.json")
+    ran = script("timing/graphs.py", "--show", "--json", BENCHMARKS / "results" / "graphs-h200-fp16.json")
     assert ran.returncode == 0 and ran.stdout.count("equal") == 4 and "NOT EQUAL" not in ran.stdout, (
         ran.stderr
     )
     assert "| whole | 45.124 | 26.472 |" in ran.stdout
     if not torch.cuda.is_available():
-        refused = script("graphs.py")
+        refused = script("timing/graphs.py")
         assert refused.returncode == 2 and "there is no CUDA device here" in refused.stderr

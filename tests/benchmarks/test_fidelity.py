@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks.fidelity import Row, Studio, fewer, ssim
 from benchmarks.frontier import kind, measured_speed, on_one_device, plot, rows_of
+from benchmarks.quality.fidelity import Row, Studio, fewer, ssim
 from hybridiff.app.report.page import psnr
 from hybridiff.presets import PRESETS, paper_rule, usual_reuse
 from hybridiff.strategies import Reuse
@@ -173,7 +173,7 @@ def test_command_goes_on_from_its_file(tmp_path):
     """A second run measures nothing again and prints the same table; other conditions are refused."""
     call = [
         sys.executable,
-        "benchmarks/fidelity.py",
+        "benchmarks/quality/fidelity.py",
         "--family",
         "sd3",
         "--prompts",

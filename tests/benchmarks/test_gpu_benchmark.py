@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu_tools import Bench, Recording, class_of, count_work, digest, graph_of, show
+from benchmarks.timing.gpu_tools import Bench, Recording, class_of, count_work, digest, graph_of, show
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "gpu.py"
 PARTS = ["graphs", "attention", "sd3-compile", "sdxl-compile", "decode", "diffusers"]

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.same_pictures import draw, in_one_process, on_two_ranks
+from benchmarks.quality.same_pictures import draw, in_one_process, on_two_ranks
 from hybridiff.switching import SwitchRule
 
 
 def test_exact_is_the_same_picture_everywhere():
-    """`equal` PNG pixels; a seeded sample of `benchmarks/same_pictures.py`."""
+    """`equal` PNG pixels; a seeded sample of `benchmarks/quality/same_pictures.py`."""
     rng = random.Random(7)
     requests = [draw(rng) for _ in range(4)]
     ranks, one, again = on_two_ranks(requests)[0], in_one_process(requests), in_one_process(requests)

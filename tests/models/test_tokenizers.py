@@ -1,6 +1,6 @@
 """Tokenizers against transformers on thousands of seeded strings; every comparison of ids is `equal`.
 
-benchmarks/tokenizer_ids.py does the same with as many strings as one likes.
+benchmarks/quality/tokenizer_ids.py does the same with as many strings as one likes.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What the method depends on, measured on the demo checkpoints: `python benchmarks/behaviour.py --prompts 32 --plot FILE`.
+"""What the method depends on, measured on the demo checkpoints: `python benchmarks/quality/behaviour.py --prompts 32 --plot FILE`.
 
 By `serial`: the denoising discrepancy over the steps, where its minimum lies, which tau1 the paper's rule gives; how the
 pictures change with fewer steps; what guidance from 1 to 12 does to how many prompts are followed.
@@ -12,10 +12,10 @@ from statistics import mean, median, quantiles
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.common import in_words, table  # noqa: E402
-from benchmarks.fidelity import EQUAL, Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
+from benchmarks.quality.fidelity import EQUAL, Row, Studio, checkpoints_of, conditions_of, parser_of  # noqa: E402
 from hybridiff.app.report.page import psnr  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
 from hybridiff.switching import find_switch  # noqa: E402

@@ -1,4 +1,4 @@
-"""Compares the ids of every tokenizer here with transformers' on seeded strings: `python benchmarks/tokenizer_ids.py`.
+"""Compares the ids of every tokenizer here with transformers' on seeded strings: `python benchmarks/quality/tokenizer_ids.py`.
 
 Vocabularies: CLIP's own, the demo's CLIP and T5, and T5's where --t5 names a spiece.model. Exit status 1 if any differ.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.tokenizers import CLIPTokenizer, T5Tokenizer  # noqa: E402

@@ -1,4 +1,4 @@
-"""Decoding by two ranks together against one: `python benchmarks/decode.py`.
+"""Decoding by two ranks together against one: `python benchmarks/timing/decode.py`.
 
 The full-size autoencoder's decoder with seeded random weights in fp32, one thread a rank, on smooth random latents: seconds until rank 0 has the
 picture, alone and with half of the rows and some of the neighbour's on each rank, and how far the two pictures are apart.
@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.common import in_words, machine, table  # noqa: E402
-from benchmarks.timed import on_ranks  # noqa: E402
+from benchmarks.timing.timed import on_ranks  # noqa: E402
 from hybridiff.app.files import write_whole  # noqa: E402
 from hybridiff.app.report.page import psnr  # noqa: E402
 from hybridiff.distributed.transport import Transport  # noqa: E402

@@ -1,4 +1,4 @@
-"""Seeded random command lines: `python benchmarks/fuzz_commands.py --count 500`, or `--torchrun --count 50` on two ranks.
+"""Seeded random command lines: `python benchmarks/hardship/fuzz_commands.py --count 500`, or `--torchrun --count 50` on two ranks.
 
 Each must end with a whole picture that tells its prompt, or with one sentence of ours, an exit status other than 0 and nothing left behind; never
 with an exception. The first kind runs the command line in this one process, on the demo checkpoints.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import train_free_sample  # noqa: E402

@@ -1,4 +1,4 @@
-"""Kills a batch at random moments and resumes it until it is done, many times over: `python benchmarks/resume.py --count 5`.
+"""Kills a batch at random moments and resumes it until it is done, many times over: `python benchmarks/hardship/resume.py --count 5`.
 
 Each round starts a batch on two pairs of ranks, kills all of it after a random time, and goes on with --resume, until a run ends by itself.
 Then every picture must be there, none made twice, and each equal, pixel by pixel, to the one of an uncut run.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.common import in_words, machine, table  # noqa: E402

@@ -1,4 +1,4 @@
-"""What each strategy costs in fidelity, on the demo checkpoints: `python benchmarks/fidelity.py --prompts 32 --json FILE`.
+"""What each strategy costs in fidelity, on the demo checkpoints: `python benchmarks/quality/fidelity.py --prompts 32 --json FILE`.
 
 Makes a picture of every prompt with every row's settings, compares it with the picture by `serial` (PSNR and SSIM of the
 8-bit images) and lets `weights/demo/checker.py` look whether it shows what was asked for, in everything and attribute by attribute. One process plays both ranks, which
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.common import in_words, intervals, machine, table, with_interval  # noqa: E402
 from hybridiff.app.files import write_whole  # noqa: E402

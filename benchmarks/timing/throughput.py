@@ -1,4 +1,4 @@
-"""How many pictures N ranks make in the time of two: `python benchmarks/throughput.py`.
+"""How many pictures N ranks make in the time of two: `python benchmarks/timing/throughput.py`.
 
 The parts of the network sleep instead of computing, so that ranks need no core of their own: what is measured is everything else, the
 schedule, the messages, who takes which picture when. Beside it stands the schedule's own arithmetic, where nothing but the network takes time.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import in_words, machine, row_plan, table  # noqa: E402

@@ -1,4 +1,4 @@
-"""Opens thousands of damaged files and counts what came of them: `python benchmarks/fuzz_files.py --count 2000`.
+"""Opens thousands of damaged files and counts what came of them: `python benchmarks/hardship/fuzz_files.py --count 2000`.
 
 A file must load, or end in a WeightsError of one short line; an exception of another kind, an answer after more than
 --seconds, or memory growing by more than the whole file's size and 50 MB (the allocator's own growth over thousands of
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.mutations import MUTATIONS, acceptable, outcome  # noqa: E402

@@ -1,4 +1,4 @@
-"""Every kind of bad input through torchrun on two ranks: `python benchmarks/refusals.py`.
+"""Every kind of bad input through torchrun on two ranks: `python benchmarks/hardship/refusals.py`.
 
 For each: one sentence of ours on stderr, exit status not 0 on both ranks, no traceback of ours, nothing written, and the seconds
 until torchrun is gone (of which its own start and the import of torch are most). Exit status 1 if one of these fails, or
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import in_words, machine, table  # noqa: E402

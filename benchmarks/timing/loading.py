@@ -1,4 +1,4 @@
-"""Loads SDXL at its full size and measures seconds and memory: `python benchmarks/loading.py --dir DIR`.
+"""Loads SDXL at its full size and measures seconds and memory: `python benchmarks/timing/loading.py --dir DIR`.
 
 Writes DIR/sdxl-random.safetensors once (6.9 GB, the official names and shapes, random fp16 values from one repeated
 block). Then, each in a process of its own with an empty page cache for the file (as far as the system lets it go):
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hybridiff.text import encode  # noqa: E402

@@ -1,6 +1,6 @@
 """What starting kernels one by one costs on a GPU: every part of the full-size networks as Python runs it, and replayed as a CUDA graph.
 
-`python benchmarks/graphs.py --sizes 512 1024`, fp16, random weights. A graph is one pass over a part, recorded once; a replay starts all its kernels at
+`python benchmarks/timing/graphs.py --sizes 512 1024`, fp16, random weights. A graph is one pass over a part, recorded once; a replay starts all its kernels at
 once and must give the same prediction, bit for bit. The sampler here does not use them: this says what it would be worth.
 """
 
@@ -12,13 +12,13 @@ from statistics import median
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.common import FAMILIES, in_words, machine, table  # noqa: E402
-from benchmarks.gpu_tools import Recording  # noqa: E402
 from benchmarks.speed import predict, show_prediction  # noqa: E402
-from benchmarks.timed import runs_of, time_runs  # noqa: E402
+from benchmarks.timing.gpu_tools import Recording  # noqa: E402
+from benchmarks.timing.timed import runs_of, time_runs  # noqa: E402
 from hybridiff.distributed.transport import LocalTransport  # noqa: E402
 from hybridiff.partition import partition  # noqa: E402
 from tests.full_size import make_task  # noqa: E402

@@ -1,4 +1,4 @@
-"""`exact` gives the same pixels on one process, on two ranks, and again: `python benchmarks/same_pictures.py --count 100`.
+"""`exact` gives the same pixels on one process, on two ranks, and again: `python benchmarks/quality/same_pictures.py --count 100`.
 
 Random settings, on the demo checkpoints. Two ranks are started once and make all the pictures; this process makes each of them too, then once more.
 Compared are the bytes of the PNGs' pixels. `--unlike` starts the second rank with other arithmetic (--threads 2), where pixels may differ, but
@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.common import in_words, machine  # noqa: E402
