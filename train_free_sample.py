@@ -187,8 +187,7 @@ def main() -> int:
             log(problem, error=True)  # one task speaks
         return 2
     try:
-        transport = connect(asked_timeout())
-        transport.last_words = lambda sentence: log(sentence, error=True)
+        transport = connect(asked_timeout(), last_words=lambda sentence: log(sentence, error=True))
         return run(transport)
     except UsageError as error:  # ranks that cannot meet
         log(str(error), error=True)

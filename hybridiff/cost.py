@@ -40,13 +40,8 @@ class Bar(NamedTuple):
     label: str  # the operation
 
 
-Costs = dict[
-    object, float
-]  # `work` of a computation -> cost for one branch, in evaluations of the whole network
-
-Costs = dict[
-    object, float
-]  # `work` of a computation -> cost for one branch, in evaluations of the whole network
+# `work` of a computation -> cost for one branch, in evaluations of the whole network
+Costs = dict[object, float]
 
 
 @torch.inference_mode()

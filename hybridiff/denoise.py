@@ -44,9 +44,8 @@ class Task:
 
     denoiser: torch.nn.Module  # a `models.tape.Denoiser`
     sampler: Sampler
-    conditioning: dict[
-        str, Any
-    ]  # "cond", "uncond", if this process needs them -> the network's conditioning, batch 1
+    # "cond", "uncond", if this process needs them -> the network's conditioning, batch 1
+    conditioning: dict[str, Any]
     guidance: float
     noise: Tensor  # (1, C, h, w), unit normal, fp32
 
@@ -238,9 +237,8 @@ def denoise(
         first = workers[here[0]]
         transport.synchronize()
         measured = first.store.pop(DISCREPANCY, None)
-        history.append(
-            None if measured is None else float(measured)
-        )  # the one scalar that the host waits for
+        # the one scalar that the host waits for
+        history.append(None if measured is None else float(measured))
         if task.noise.is_cuda:
             torch.cuda.synchronize()  # so that the seconds of pipelined steps are true
         seconds = time.perf_counter() - start

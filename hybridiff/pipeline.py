@@ -43,9 +43,8 @@ class Result:
     image: Tensor | None  # (height, width, 3) uint8 on the CPU; may be None on ranks other than 0
     records: list[StepRecord]
     switch: Switch | None  # of `paper`, where it came
-    seconds: dict[
-        str, list[float]
-    ]  # by phase, of every rank; "waiting" is that for the others before the first step and after decoding
+    # by phase, of every rank; "waiting" is that for the others before the first step and after decoding
+    seconds: dict[str, list[float]]
     bytes_sent: dict[str, int]  # by kind of result, over all ranks
     bars: list[Bar]  # every operation of every rank as measured, in seconds from the start of the first step
     memory: list[dict]  # of every rank, see `hybridiff.app.profile.Profile`

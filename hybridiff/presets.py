@@ -9,7 +9,7 @@ from hybridiff.switching import SwitchRule
 
 
 class Preset(NamedTuple):
-    """A strategy, and the share that it saves of the steps in which our strategies may save; see `usual_reuse`."""
+    """A strategy, and the share that it skips of the steps that may be skipped; see `usual_reuse`."""
 
     strategy: str
     share: float
@@ -18,17 +18,17 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "exact": Preset("condition", 0.0, "the picture of one device, bit for bit"),
-    "balanced": Preset("step-extrapolation", 2 / 5, "12 of 50 steps extrapolated"),
-    "fast": Preset("step-extrapolation", 19 / 30, "19 of 50 steps extrapolated"),
+    "balanced": Preset("step-extrapolation", 2 / 5, "12 of 50 steps skipped"),
+    "fast": Preset("step-extrapolation", 19 / 30, "19 of 50 steps skipped"),
     "paper": Preset("paper", 0.0, "the three stages as published"),
 }
 
 
 def usual_reuse(steps: int, share: float, start: int | None = None) -> Reuse:
-    """`share` of the steps that may be saved: not the first `start`, in which the picture is laid out (by default 5 + steps / 5), nor the last
+    """`share` of the steps that may be skipped: not the first `start`, in which the picture is laid out (by default 5 + steps / 5), nor the last
     tenth, at least two.
 
-    With 50 steps 30 may be saved. With few steps each goes further, so that less of the way can be left to extrapolation: rounded down.
+    With 50 steps 30 may be skipped. With fewer steps each one goes further, so less of the way can be extrapolated: the count is rounded down.
     """
     reuse = Reuse(start=5 + round(0.2 * steps) if start is None else start, end=max(2, round(0.1 * steps)))
     return replace(reuse, count=int(share * len(reuse.choices(steps))))

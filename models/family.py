@@ -30,9 +30,8 @@ class Part:
     prefix: str  # of its names in the official single file
     folder: str  # in a Hugging Face folder
     given: Mapping[str, Any] = field(default_factory=dict)  # what shapes cannot tell, unless the file does
-    fixed: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # fields of config.json -> the only value done here
+    # fields of config.json -> the only value done here
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     table: str | None = None  # its table in the metadata entry hybridiff.config; by default the part's name
     optional: bool = False  # a picture can be made without it
     tokenizer: str | None = None  # text encoders: the sub-folder of a Hugging Face folder
@@ -58,9 +57,8 @@ class Scheduler:
     refused: str  # of those that belong to another kind of model
     reason: str
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of training -> the only value done here
-    sampled: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of sampling -> what is done here, else a remark
+    # of sampling -> what is done here, else a remark
+    sampled: Mapping[str, Any] = field(default_factory=dict)
     unset: tuple[str, ...] = ()  # fields that must not be set
     defaults: tuple[str, ...] = ()  # fields that the samplers go by
 
@@ -79,9 +77,8 @@ class Family:
     guidance: float
     size: Mapping[str, int]  # height and width in pixels
     switch: Mapping[str, float]  # the paper's numbers at 50 steps, see `hybridiff.switching.SwitchRule`
-    text_encoder: Callable[
-        [Mapping[str, tuple[int, ...]]], str | None
-    ]  # shapes of a file -> the part it holds
+    # shapes of a file -> the part it holds
+    text_encoder: Callable[[Mapping[str, tuple[int, ...]]], str | None]
     scheduler: Scheduler
     misfit: Callable[[Configs], list[str]]  # sentences on parts that do not fit each other
     refusals: tuple[Refusal, ...] = ()

@@ -10,7 +10,7 @@ from models.embeddings import sinusoid
 from models.family import Configs, Family, Part, Refusal, Scheduler, channels_misfit
 from models.unet import UNet, UNetConditioning
 
-VARIANT = "an SDXL variant with v-prediction or another noise schedule, which is not run here"
+VARIANT = "an SDXL variant with v-prediction or another noise schedule, which is not supported"
 REFINER = "the SDXL refiner, which reads bigG alone: only the base model is run here"
 
 
@@ -121,7 +121,7 @@ FAMILY = Family(
     ),
     refused_predictions=(
         (r"v", VARIANT),
-        (r"sample|x0|flow|rf|rectified|edm", "an SDXL variant trained for another prediction ({}), which is not run here"),
+        (r"sample|x0|flow|rf|rectified|edm", "an SDXL variant trained for another prediction ({}), which is not supported"),
     ),
     scheduler=Scheduler(
         usual=r"(DDIM|DDPM|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|DPMSolver(Multistep|Singlestep|SDE)|HeunDiscrete"

@@ -47,13 +47,13 @@ class UNetConfig:
     @classmethod
     def from_shapes(cls, shapes: Shapes, given: Mapping[str, Any] = MappingProxyType({})) -> "UNetConfig":
         """Sizes from official names and shapes; `given` may have heads, head_width, groups. ValueError where they make up no U-Net."""
+        # half cosines, half sines
         channels = (
             divide(size(shapes, "input_blocks.0.0.weight", 0, 4), 2, "rows of input_blocks.0.0.weight") * 2
-        )  # half cosines, half sines
+        )
         count = how_many(shapes, r"input_blocks\.(\d+)\.")
-        closing = [
-            i for i in range(count) if f"input_blocks.{i}.0.op.weight" in shapes
-        ]  # the downsampling blocks
+        # the downsampling blocks
+        closing = [i for i in range(count) if f"input_blocks.{i}.0.op.weight" in shapes]
         levels, blocks = len(closing) + 1, (closing[0] if closing else count) - 1
         if blocks < 1 or count != levels * (blocks + 1):
             raise ValueError(f"{count} input blocks with {len(closing)} downsamplings do not make up a U-Net")
@@ -113,7 +113,7 @@ def check_whole(shapes: Shapes, count: int, blocks: int, depths: list[int]) -> N
                 )
     if reasons:
         raise ValueError(
-            f"it is a pruned U-Net, as SSD-1B's and Segmind Vega's are, which is not run here ({reasons[0]})"
+            f"it is a pruned U-Net, as SSD-1B's and Segmind Vega's are, which is not supported ({reasons[0]})"
         )
 
 
@@ -126,9 +126,8 @@ UNET_ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2
 
 def hugging_face(keys: Collection[str]) -> list[Rule]:
     """Hugging Face U-Net: levels of resnets and attentions -> one list of blocks in, one out."""
-    down = (
-        how_many(keys, r"down_blocks\.0\.resnets\.(\d+)\.") + 1
-    )  # input blocks a level, with the downsampling
+    # input blocks a level, with the downsampling
+    down = how_many(keys, r"down_blocks\.0\.resnets\.(\d+)\.") + 1
     up = how_many(keys, r"up_blocks\.0\.resnets\.(\d+)\.")
     attended = {match[1] for key in keys if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", key))}
 

@@ -1,4 +1,4 @@
-"""What a file is that is not run here, read off the names of its tensors."""
+"""What a file is that is not supported, read off the names of its tensors."""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from weights.files import Entry, some
 OTHER_KINDS = (  # what one tensor is enough to tell; {}: the families that are run
     (r".*(lora_|\.lora\.|\.lokr_|\.hada_|\.dora_scale|\.alpha$)", "a LoRA, which is no model of its own: merge it into"
      " one first"),
-    (r"(control_model|controlnet_|input_hint_block)", "a ControlNet, which is not run here"),
-    (r"(v_pred|ztsnr)$|edm_vpred\.", "a variant with v-prediction or another noise schedule, which is not run here"),
+    (r"(control_model|controlnet_|input_hint_block)", "a ControlNet, which is not supported"),
+    (r"(v_pred|ztsnr)$|edm_vpred\.", "a variant with v-prediction or another noise schedule, which is not supported"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model: only {} are run here"),
     (r"cond_stage_model\.|model\.diffusion_model\.input_blocks\.", "a Stable Diffusion 1 or 2 model: only {}"
      " are run here"),
@@ -54,11 +54,11 @@ def other_kind(entries: Mapping[str, Entry]) -> str:
 
 
 def quantised(entries: Mapping[str, Entry]) -> str | None:
-    """How weights are stored that are quantised in a way not run here, and what to do; None where they are not."""
+    """How weights are stored that are quantised in a way that is not supported, and what to do; None where they are not."""
     scaled = "int8" if any(entry.dtype == "I8" for entry in entries.values()) else "fp8"
     for pattern, words in QUANTISED:
         for key in entries:
             if match := re.fullmatch(pattern, key):
                 words = words.format(match[1] or scaled)
-                return f"{words}, which are not run here: fetch the fp16 or plain fp8 file"
+                return f"{words}, which are not supported: fetch the fp16 or plain fp8 file"
     return None

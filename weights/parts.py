@@ -67,7 +67,7 @@ class SingleFile:
         self.config = own_config(path, self.metadata)
 
     def family(self) -> Family:
-        """The family whose mark the denoiser has; WeightsError where it is none, or a variant that is not run here."""
+        """The family whose mark the denoiser has; WeightsError where it is none, or a variant that is not supported."""
         for family in models.FAMILIES:
             if any(
                 re.match(re.escape(family.parts["denoiser"].prefix) + family.mark, key)
@@ -203,7 +203,7 @@ def used(part: Part, entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def refuse(place: Path, family: Family, entries: Mapping[str, Entry]) -> None:
-    """WeightsError where a checkpoint looks like the family's and is a variant that is not run here."""
+    """WeightsError where a checkpoint looks like the family's and is a variant that is not supported."""
     for name, words, width in family.refusals:
         for key, entry in entries.items():
             if re.match(name, key) and width in (None, *entry.shape[-1:]):
@@ -211,7 +211,7 @@ def refuse(place: Path, family: Family, entries: Mapping[str, Entry]) -> None:
 
 
 def refuse_quantised(place: Path | str, entries: Mapping[str, Entry]) -> None:
-    """WeightsError where weights are quantised in a way that is not run here."""
+    """WeightsError where weights are quantised in a way that is not supported."""
     if words := quantised(entries):
         raise WeightsError(f"{place} holds {words}.")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from weights.files import Entry, WeightsError, read_header, read_json, some
 
+# shards are numbered after the variant (`model.fp16-00001-of-00002`) or, by older versions of diffusers, before it
 FILE = re.compile(
     r"(?P<stem>[^.]+?)(?P<old>-\d{5}-of-\d{5})?(?:\.(?P<variant>[^.]+?))?(?P<new>-\d{5}-of-\d{5})?\.safetensors"
-)  # shards are numbered after the variant (`model.fp16-00001-of-00002`) or, by older versions of diffusers, before it
+)
 INDEX = re.compile(
     r"(?P<stem>[^.]+)(?:\.(?P<first>[^.]+))?\.safetensors(?:\.(?P<older>[^.]+))?\.index(?:\.(?P<variant>[^.]+))?\.json"
 )

@@ -29,9 +29,8 @@ class SafeStream:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        stream.reconfigure(
-            errors="backslashreplace"
-        )  # what its encoding lacks, such as anything but ASCII under LANG=C
+        # what its encoding lacks, such as anything but ASCII under LANG=C
+        stream.reconfigure(errors="backslashreplace")
 
     def attempt(self, do: Callable, *given: str) -> None:
         try:

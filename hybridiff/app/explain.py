@@ -14,7 +14,7 @@ ZOOM = 6  # steps of the middle stage that are drawn in detail, with those aroun
 def draw(bars: Sequence[Bar], ranks: int, columns_per_unit: int = 16) -> str:
     """The bars as text: two rows a rank, a column a sixteenth of a network evaluation.
 
-    Above, # computes, | begins a part, . waits; below, where its messages leave (>) and are taken (<), or both (x).
+    Above, # computes, | begins a span, . waits; below, where its messages leave (>) and are taken (<), or both (x).
     """
     first = min(bar.start for bar in bars)
     width = round((length(bars) - first) * columns_per_unit) + 1
@@ -60,7 +60,7 @@ def explain(name: str, plan: Plan, task: Task) -> str:
     first, last = detail([step for step, plan in enumerate(plans) if plan.stage in MIDDLE] or [1])
     drawn_bars = [bar for bar in bars if first <= bar.step <= last]
     pieces.append(
-        f"\ntimeline of steps {drawn_bars[0].step} to {drawn_bars[-1].step} (# computes, | begins a part, . waits; below, > sends, < receives, x both)"
+        f"\ntimeline of steps {drawn_bars[0].step} to {drawn_bars[-1].step} (# computes, | begins a span, . waits; below, > sends, < receives, x both)"
     )
     pieces.append(draw(drawn_bars, strategy.ranks))
     cost, sent = length(bars), total_bytes(plans, task)

@@ -127,9 +127,8 @@ def link(source: Path, path: Path, nameless: int | None) -> None:
     if nameless is None:
         os.link(source, path)
     else:
-        os.link(
-            source, path, src_dir_fd=nameless, follow_symlinks=True
-        )  # the first argument is absolute; a dir_fd makes it linkat(2)
+        # the first argument is absolute; a dir_fd makes it linkat(2)
+        os.link(source, path, src_dir_fd=nameless, follow_symlinks=True)
 
 
 def take_name(source: Path, path: Path, nameless: int | None) -> None:

@@ -14,9 +14,8 @@ from hybridiff.request import check_text
 from hybridiff.text import cuts
 from weights.load import Checkpoint
 
-Texts = Iterable[
-    tuple[str, str, str | None]
-]  # a picture's name (may be empty), its prompt, its negative prompt
+# a picture's name (may be empty), its prompt, its negative prompt
+Texts = Iterable[tuple[str, str, str | None]]
 
 
 def set_up(transport: Transport, order: Order) -> None:

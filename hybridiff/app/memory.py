@@ -107,9 +107,8 @@ def demands(checkpoint: Checkpoint, request: Request, where: Place) -> Iterator[
         f"the denoiser in {precision} at {request.width} x {request.height}",
         *needed(weights, FEATURES * features * request.dtype.itemsize),
     )
-    pixel = (
-        4 * vae.channels * max(vae.multipliers[:2])
-    )  # bytes of the widest features at the full size, in fp32
+    # bytes of the widest features at the full size, in fp32
+    pixel = 4 * vae.channels * max(vae.multipliers[:2])
     weights = weight_bytes(checkpoint, "vae", torch.float32, not cuda, "decoder.")
     pixels, words = request.height * request.width, f"the decoder at {request.width} x {request.height}"
     if not (request.tiles and pixels > LARGE):  # one picture, on one rank

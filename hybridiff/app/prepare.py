@@ -53,9 +53,8 @@ class Order:
     args: argparse.Namespace
     checkpoint: Checkpoint
     device: torch.device
-    entries: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # what each picture says of itself: "prompt" and others of prompts.OWN
+    # what each picture says of itself: "prompt" and others of prompts.OWN
+    entries: list[dict[str, Any]] = field(default_factory=list)
     comments: int = 0  # lines of the file of prompts
     several: bool = False
     replica_size: int = 1  # ranks that make one picture together

@@ -56,9 +56,8 @@ def join(rank: int, world: int, timeout: timedelta, attempt: int) -> dist.Store:
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     store = dist.PrefixStore(f"hybridiff run {run}, attempt {attempt}, {world} ranks", store)
-    if (
-        store.add(f"rank {rank} was here", 1) > 1
-    ):  # restarted without counting, as other machines have left or come
+    # restarted without counting, as other machines have left or come
+    if store.add(f"rank {rank} was here", 1) > 1:
         raise UsageError(
             f"torchrun has started rank {rank} twice in one attempt, after a change of machines: {again}"
         )

@@ -70,13 +70,14 @@ class TorchTransport(Transport):
     Where ranks share a GPU or NCCL is missing, tensors are staged through host memory and sent by gloo.
     """
 
-    def __init__(self, rank: int, world: int, timeout: timedelta):
+    def __init__(
+        self, rank: int, world: int, timeout: timedelta, last_words: Callable[[str], object] | None = None
+    ):
         super().__init__()
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.members, self.all_replicas = (
-            tuple(range(world)),
-            [tuple(range(world))],
-        )  # the ranks of this rank's replica, and of all
+        self.last_words = last_words or self.last_words
+        # the ranks of this rank's replica, and of all
+        self.members, self.all_replicas = tuple(range(world)), [tuple(range(world))]
         self.places: list[Place] = []  # of the ranks of this rank's replica, see `locate`
         try:
             with self.waiting(f"all ranks to start, at {meeting_place()}", no_answer):
@@ -86,9 +87,8 @@ class TorchTransport(Transport):
                 raise UsageError(f"rank {rank} cannot meet the others: {problem}") from None
             raise
         self.watches: list[threading.Thread] = []  # see `watch_peers`
-        self.in_flight: deque[tuple[int, dist.Work, Tensor]] = (
-            deque()
-        )  # sends, with their step, keep their tensors alive until they are done
+        # sends, with their step, keep their tensors alive until they are done
+        self.in_flight: deque[tuple[int, dist.Work, Tensor]] = deque()
 
     def waiting(self, what: str, why: Callable[[], str | None] = lambda: None) -> "Wait":
         """PeerLost, in words, where torch.distributed gives up; where it does not, this process ends a little later. `why` it might."""
@@ -155,9 +155,8 @@ class TorchTransport(Transport):
             + (" through host memory" if self.backend == "gloo" and device.type == "cuda" else "")
         )
         self.device = device
-        self.wire = (
-            device if self.backend == "nccl" else torch.device("cpu")
-        )  # where values lie while they travel
+        # where values lie while they travel
+        self.wire = device if self.backend == "nccl" else torch.device("cpu")
         with self.waiting("the other ranks to connect"):
             channels = {
                 pair: dist.new_group(pair, timeout=self.timeout, backend=self.backend)
@@ -248,9 +247,8 @@ class TorchTransport(Transport):
     def send(self, name: Name, tensors: Sequence[Tensor], sender: int, to: int) -> None:
         """Post the tensors to rank `to` and go on. Those of the step before the last were taken by now or soon will be: their tensors are let go."""
         self.count(name, tensors, sender, to)
-        while (
-            self.in_flight and self.in_flight[0][0] < self.step - 1
-        ):  # gloo's sends do not tell by themselves that they are completed
+        # gloo's sends do not tell by themselves that they are completed
+        while self.in_flight and self.in_flight[0][0] < self.step - 1:
             with self.waiting("its messages to be taken"):
                 self.in_flight.popleft()[1].wait()
         if TRACE:
@@ -343,9 +341,8 @@ class TorchTransport(Transport):
     def swap(self, tensors: Sequence[Tensor], receive: Callable[[int], object]) -> list:
         """Send tensors to all other ranks of the replica; what `receive` makes of each rank's, None for this rank."""
         sends, received = [], [None] * self.world
-        others = [
-            rank for rank in range(self.world) if rank != self.rank
-        ]  # one by one, so that it is known whose word does not come
+        # one by one, so that it is known whose word does not come
+        others = [rank for rank in range(self.world) if rank != self.rank]
         for rank in others:
             with self.waiting(f"rank {self.members[rank]} to take a word"):
                 sends.append([dist.isend(tensor, self.members[rank]) for tensor in tensors])
@@ -414,10 +411,15 @@ def restarts() -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:
-    """The transport of this process: `TorchTransport` under torchrun with two ranks or more, else `LocalTransport`."""
+def connect(
+    timeout: timedelta = timedelta(minutes=10), last_words: Callable[[str], object] | None = None
+) -> Transport:
+    """The transport of this process: `TorchTransport` under torchrun with two ranks or more, else `LocalTransport`.
+
+    `last_words` is given the sentence where this process must end, by default stderr.
+    """
     rank, world, _ = place()
-    return TorchTransport(rank, world, timeout) if world > 1 else LocalTransport()
+    return TorchTransport(rank, world, timeout, last_words) if world > 1 else LocalTransport()
 
 
 def disconnect() -> None:

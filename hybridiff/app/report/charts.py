@@ -123,9 +123,8 @@ def slope_chart(
 ) -> str:
     """The average fall a step against the band [0, g) that switches; values beyond the chart are drawn at its edge."""
     height, steps = 130, len(falls)
-    scale = (
-        rule.slope or max((abs(fall) for fall in falls if fall is not None), default=0.0) / 6 or 1.0
-    )  # slope 0: there is no band
+    # slope 0: there is no band
+    scale = rule.slope or max((abs(fall) for fall in falls if fall is not None), default=0.0) / 6 or 1.0
     top, bottom = 6 * scale, -3 * scale
 
     def down(value: float) -> float:

@@ -32,9 +32,8 @@ def settings_of(request: Request, weights: str, ranks: int) -> dict:
 def exactness(request: Request, result: Result, ranks: int) -> dict:
     """How much of the picture is, bit for bit on like devices, what `serial` makes: steps from the first on, the decoder, and both in words."""
     stages = [record.stage for record in result.records]
-    rounds = (
-        request.strategy == "batched" or "keys" in result.bytes_sent
-    )  # kernels round by the number of rows
+    # kernels round by the number of rows
+    rounds = request.strategy == "batched" or "keys" in result.bytes_sent
     first = next((step for step, stage in enumerate(stages) if stage in MIDDLE), len(stages))
     steps = 0 if rounds else first
     size = request.height * request.width
