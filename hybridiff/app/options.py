@@ -36,7 +36,10 @@ class Parser(argparse.ArgumentParser):
         if not name.startswith("-"):
             return f"{printable(' '.join(words), 100)} belongs to no option: put quotes around a text of several words; see --help."
         options = {option.strip("-"): option for option in self._option_string_actions}
-        near = difflib.get_close_matches(name.strip("-").lower(), options, 1)
+        asked = name.strip("-").lower()
+        near = [option for option in options if option.startswith(asked)] or difflib.get_close_matches(
+            asked, options, 1
+        )
         return f"There is no option {printable(name, 100)}{f': did you mean {options[near[0]]}?' if near else '.'} See --help."
 
 

@@ -149,5 +149,5 @@ def save_job(result: Result, job: Job, order: Order, seed: int, settings: dict, 
     except UsageError as error:
         if already_made(job, settings):
             return "found"
-        kept = rescue(result.records[-1].latents, None, seed, settings)[1]
+        kept = rescue(result.records[-1].latents, seed, settings)[1]
         raise UsageError(f"{error} {kept}") from None

@@ -60,6 +60,13 @@ def test_what_can_be_written_is(tmp_path: Path):
     assert (tmp_path / "l").exists() and len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_picture_comes_after_its_latents(tmp_path: Path):
+    """So a picture that a restarted run finds has its latents beside it."""
+    image, latents = torch.zeros(8, 8, 3, dtype=torch.uint8), torch.zeros(1, 4, 1, 1)
+    save_both(image, latents, tmp_path / "p.png", tmp_path / "l", *TOLD)
+    assert (tmp_path / "l").stat().st_mtime_ns <= (tmp_path / "p.png").stat().st_mtime_ns
+
+
 def test_the_latents_do_not_take_the_pictures_name(tmp_path: Path):
     ran = subprocess.run(
         [sys.executable, SCRIPT, *SMALL, "--out", "a.png", "--save-latents", "./a.png"],

@@ -83,3 +83,21 @@ def test_why_ranks_cannot_meet(tmp_path):
         assert ran.returncode == 2 and len(told) == 1, (what, rank, told)
         assert told[0].startswith("train_free_sample.py: ") and words in told[0], (what, rank, told)
     assert not list(tmp_path.iterdir())
+
+
+def test_nobody_at_the_address(tmp_path):
+    """The sentence says where rank 0 was looked for."""
+    port = str(free_port(1))
+    env = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    ran = subprocess.run(
+        [*SCRIPT, "--timeout", "2"], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True
+    )
+    last = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 1 and not list(tmp_path.iterdir())
+    assert last.startswith(f"train_free_sample.py: rank 1 waited for all ranks to start, at 127.0.0.1:{port}")

@@ -98,6 +98,26 @@ def test_a_whole_file_of_a_text_encoder_comes_before_an_index(
     assert "several sets of weights: model" in remark
 
 
+def test_weights_under_other_names_are_said_or_refused(sdxl: dict, tmp_path: Path):
+    """The usual name counts, and what it leaves aside is named; of several others none is taken."""
+    folder = write_folder(tmp_path / "folder", "sdxl", {"denoiser": sdxl["denoiser"]})
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_name("diffusion_pytorch_model_ema.safetensors"))
+    (remark,) = open_checkpoint(str(folder)).remarks
+    assert (
+        "diffusion_pytorch_model.safetensors is taken, diffusion_pytorch_model_ema.safetensors is not"
+        in remark
+    )
+    file.rename(file.with_name("old.safetensors"))
+    text = sentence(folder)
+    assert (
+        "several names (diffusion_pytorch_model_ema.safetensors, old.safetensors)" in text
+        and "keep one" in text
+    )
+    file.with_name("old.safetensors").unlink()
+    assert open_checkpoint(str(folder)).remarks == []
+
+
 def test_the_index_of_a_variant_is_found_under_each_of_its_names(sdxl: dict, tmp_path: Path):
     """diffusers writes .index.fp16.json; older versions put the variant elsewhere. A plain index without its files makes way."""
     write_folder(tmp_path, "sdxl", {"denoiser": sdxl["denoiser"]})
