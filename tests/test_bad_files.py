@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import MUTATIONS, acceptable, outcome
+from mutations import MUTATIONS, acceptable, joined, outcome
 from official import tensors, write_sparse
 from safetensors.torch import load_file, save_file
 from small import random_states, write_folder, write_single
@@ -62,6 +62,34 @@ def test_a_cut_off_file_says_so(whole: Path, tmp_path: Path):
     for size in (20, 1000, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
         assert "cut off" in sentence(path)
+
+
+FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("table, size", [
+    ({"a": FLOAT, "b": FLOAT | {"data_offsets": [12, 20]}}, 20), ({"a": FLOAT, "b": FLOAT | {"data_offsets": [4, 12]}}, 12),
+    ({"a": FLOAT}, 9), ({"a": FLOAT | {"shape": [3]}}, 8), ({"a": FLOAT | {"shape": [-2]}}, 8),
+    ({"a": FLOAT | {"dtype": "F99"}}, 8), ({"a": FLOAT | {"dtype": "F16"}}, 8), ({"a": FLOAT | {"data_offsets": [8, 0]}}, 8),
+    ({"a": [1]}, 0), ({"__metadata__": {"prompt": 1}, "a": FLOAT}, 8),
+], ids=["gap", "overlap", "rest", "shape", "negative", "unknown", "width", "backwards", "list", "metadata"])  # fmt: skip
+def test_a_header_that_does_not_fit_its_file_is_refused(table: dict, size: int, tmp_path: Path):
+    """safetensors finds these, in the oldest version that pyproject.toml names as well."""
+    (tmp_path / "x.safetensors").write_bytes(joined(table, bytes(size)))
+    assert "cut off or damaged" in sentence(tmp_path / "x.safetensors")
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path: Path):
+    """safetensors would take the last one; so would Python."""
+    entry = json.dumps(FLOAT)
+    for text, words in (
+        (f'{{"a": {entry}, "a": {entry}}}', "a name occurs twice"),
+        (f'{{"__metadata__": {{"x": "1", "x": "2"}}, "a": {entry}}}', "a name occurs twice"),
+        (f'{{"a": {entry}, "_orig_mod.a": {entry.replace("[0, 8]", "[8, 16]")}}}', "twice, with and without"),
+    ):
+        data = len(text).to_bytes(8, "little") + text.encode() + bytes(16 if "_orig" in text else 8)
+        (tmp_path / "x.safetensors").write_bytes(data)
+        assert words in sentence(tmp_path / "x.safetensors")
 
 
 def test_missing_extra_and_misshaped_tensors_are_listed_together(tmp_path: Path):
