@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.full_size import (
+from benchmarks.full_size import (  # noqa: E402
     FAMILIES,
     SHARES,
     TOKENS,
@@ -35,7 +36,7 @@ from benchmarks.full_size import (
     on_meta,
     row_plan,
     table,
-)  # noqa: E402
+)
 from benchmarks.timed import (  # noqa: E402
     PARTS,
     on_ranks_with_task,
@@ -404,7 +405,7 @@ def measure_all(results: Results, args: argparse.Namespace) -> None:
         predicted = {}
         for side in args.cuda:
             key, on_cuda = f"{family} {side} cuda parts", (family, side, args.repeats, args.tiny)
-            found = results.once(key, lambda: parts_on_cuda(*on_cuda))
+            found = results.once(key, partial(parts_on_cuda, *on_cuda))
             predicted[side] = predict(family, side, args.steps, found, args.tiny)
             results.keep(
                 f"{family} {side} {args.steps} steps PREDICTED for two CUDA devices", predicted[side]

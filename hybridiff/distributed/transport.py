@@ -501,6 +501,9 @@ class TorchTransport(Transport):
             here.wait()
 
 
+AnyTransport = LocalTransport | TorchTransport
+
+
 def replicas(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
     """Ranks in replicas of `size`, given the machine of each rank: first those that fit into one machine, then what is left over. Rank 0 leads the first."""
     left, formed = list(range(len(machines))), []
@@ -534,7 +537,7 @@ def restarts() -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def connect(timeout: timedelta = timedelta(minutes=10)) -> Transport:
+def connect(timeout: timedelta = timedelta(minutes=10)) -> AnyTransport:
     """The transport of this process: `TorchTransport` under torchrun with two ranks or more, else `LocalTransport`."""
     rank, world, _ = place()
     return TorchTransport(rank, world, timeout) if world > 1 else LocalTransport()
