@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import MUTATIONS, acceptable, joined, outcome
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from mutations import JUNK, MUTATIONS, acceptable, joined, outcome
 from official import tensors, write_sparse
 from safetensors.torch import load_file, save_file
 from small import random_states, write_folder, write_single
@@ -34,12 +36,40 @@ def sentence(path: Path | str, **options) -> str:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_mutated_files_load_or_say_why_not(mutation, whole: Path, tmp_path: Path):
-    data, rng = whole.read_bytes(), random.Random(0)
-    for i in range(10):
-        path = tmp_path / f"{i}.safetensors"
-        path.write_bytes(mutation(data, rng))
-        assert acceptable(outcome(path))
+@settings(max_examples=10, phases=[Phase.generate])  # there is nothing to shrink in a seed
+@given(seed=st.integers(0, 2**32))
+def test_mutated_files_load_or_say_why_not(mutation, whole: Path, tmp_path: Path, seed: int):
+    """benchmarks/fuzz_files.py does the same with as many files as one likes."""
+    path = tmp_path / "x.safetensors"
+    path.unlink(missing_ok=True)  # an earlier one may be mapped still
+    path.write_bytes(mutation(whole.read_bytes(), random.Random(seed)))
+    assert acceptable(outcome(path))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(JUNK),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=6,
+)
+SIZES = st.integers(0, 8) | st.integers(2**60, 2**65)
+ENTRIES = st.fixed_dictionaries({
+    "dtype": st.sampled_from(["F16", "F32", "I8", "F8_E4M3", "F4"]) | JSON,
+    "shape": st.lists(SIZES, max_size=3) | JSON,
+    "data_offsets": st.lists(SIZES, min_size=2, max_size=2) | JSON,
+})  # fmt: skip
+NAMES = st.text(max_size=20) | st.sampled_from(
+    ["__metadata__", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"]
+)
+
+
+@settings(max_examples=100)
+@given(header=st.dictionaries(NAMES, ENTRIES | JSON, max_size=4) | JSON, body=st.binary(max_size=32))
+def test_any_header_is_refused_in_one_sentence(
+    header: object, body: bytes, tmp_path_factory: pytest.TempPathFactory
+):
+    path = tmp_path_factory.mktemp("header") / "x.safetensors"
+    path.write_bytes(joined(header, body))
+    assert (found := outcome(path)) != "loaded" and acceptable(found)
 
 
 @pytest.mark.parametrize("content, words", [
