@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -394,7 +395,7 @@ def measure_all(results: Results, args: argparse.Namespace) -> None:
         predicted = {}
         for side in args.cuda:
             key, on_cuda = f"{family} {side} cuda parts", (family, side, args.repeats, args.tiny)
-            found = results.once(key, lambda: parts_on_cuda(*on_cuda))
+            found = results.once(key, partial(parts_on_cuda, *on_cuda))
             predicted[side] = predict(family, side, args.steps, found, args.tiny)
             results.keep(
                 f"{family} {side} {args.steps} steps PREDICTED for two CUDA devices", predicted[side]

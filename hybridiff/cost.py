@@ -8,6 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridiff.denoise import Task, Worker
@@ -26,7 +27,7 @@ from hybridiff.schedule import (
 )
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.switching import MIDDLE
-from models.tape import Shard
+from models.tape import Features, Shard
 
 
 class Bar(NamedTuple):
@@ -61,9 +62,10 @@ def part_costs(task: Task, strategy: Strategy, plans: Sequence[StepPlan] = ()) -
     parts += {run.work: run for run in shards}.values()  # one shard after the other
     worker, counted = Worker(0, task, LocalTransport()), {}
     for run in parts:
-        for index in range(run.shard.count if isinstance(run, Attend) else 0):
-            name = keys(run.branch, run.unit, Shard(index, run.shard.count))
-            worker.keep(name, [torch.empty(s, dtype=d, device=meta) for s, d in task.message(name)])
+        if isinstance(run, Attend):
+            for index in range(run.shard.count):
+                name = keys(run.branch, run.unit, Shard(index, run.shard.count))
+                worker.keep(name, [torch.empty(s, dtype=d, device=meta) for s, d in task.message(name)])
         with FlopCounterMode(display=False) as counter:
             worker.compute(run, 0)
         counted[run.work] = counter.get_total_flops()
@@ -74,14 +76,16 @@ def part_costs(task: Task, strategy: Strategy, plans: Sequence[StepPlan] = ()) -
 def unit_times(task: Task, repeats: int = 5) -> list[float]:
     """Seconds of every unit of the network on this device: the median of some runs, after one that does not count."""
     net, conditioning = task.denoiser, next(iter(task.conditioning.values()))
-    t, size = task.sampler.timesteps[0, None].to(task.noise.device), task.noise.shape[2:]
-    seconds = []
+    t, (height, width) = task.sampler.timesteps[0, None].to(task.noise.device), task.noise.shape[2:]
+    x: Features
+    kept: dict[int, Tensor]
+    seconds: list[list[float]] = []
     for _ in range(repeats + 1):
         x, kept = task.sampler.scale_input(task.noise, 0).to(conditioning.text.dtype), {}
         seconds.append([])
         for unit in range(net.units):
             start = now(task.noise.device)
-            x = net.run((unit, unit + 1), x, kept, t, conditioning, size)
+            x = net.run((unit, unit + 1), x, kept, t, conditioning, (height, width))
             seconds[-1].append(now(task.noise.device) - start)
     return [median(times) for times in zip(*seconds[1:])]
 
@@ -108,12 +112,14 @@ def timeline(
     """
     clock = [0.0] * len(plans[0].operations)
     free: dict[tuple[int, int], float] = {}  # (sender, receiver) -> when the last message has arrived
+    sent: dict[tuple[int, int], list[float]] = {}  # (sender, receiver) -> when messages on their way arrive
     bars = []
+
+    def arrived(receive: Receive, rank: int) -> bool:
+        return bool(sent.get((receive.source, rank)))
+
     for step, plan in enumerate(plans):
-        sent: dict[tuple[int, int], list[float]] = {}  # (sender, receiver) -> when each message arrives
-        for rank, operation in interleave(
-            list(enumerate(plan.operations)), lambda r, to: bool(sent.get((r.source, to)))
-        ):
+        for rank, operation in interleave(list(enumerate(plan.operations)), arrived):
             start = clock[rank]
             if isinstance(operation, Computation):
                 clock[rank] += costs[operation.work] * (2 if operation.branch == "both" else 1)

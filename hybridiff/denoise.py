@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridiff.distributed.transport import Shapes, Transport
+from hybridiff.distributed.transport import AnyTransport, Shapes
 from hybridiff.guidance import discrepancy, guide
 from hybridiff.samplers import Previous, Sampler
 from hybridiff.schedule import (
@@ -35,14 +35,14 @@ from hybridiff.schedule import (
 )
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.switching import Stage, Switch, average_fall
-from models.tape import Shard
+from models.tape import Denoiser, Shard
 
 
 @dataclass(frozen=True)
 class Task:
     """One picture: all that is fixed before its first step and the same on every rank."""
 
-    denoiser: torch.nn.Module  # a `models.tape.Denoiser`
+    denoiser: Denoiser
     sampler: Sampler
     # "cond", "uncond", if this process needs them -> the network's conditioning, batch 1
     conditioning: dict[str, Any]
@@ -63,7 +63,7 @@ class Task:
         net, latents = self.denoiser, self.noise.shape
         # a rank that runs nothing has no text
         tokens = next((conditioning.text.shape[1] for conditioning in self.conditioning.values()), 0)
-        if name.what == "keys":
+        if name.what == "keys" and name.shard:
             shapes = net.key_shapes(name.at, latents, tokens, name.shard)
         else:
             at = net.units if name.what == "prediction" else name.at
@@ -84,7 +84,7 @@ def tensors_of(result: Tensor | Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 class Worker:
     """One rank's side of a picture: its latents, and its store of named results."""
 
-    def __init__(self, rank: int, task: Task, transport: Transport):
+    def __init__(self, rank: int, task: Task, transport: AnyTransport):
         self.rank, self.task, self.transport = rank, task, transport
         self.latents = task.sampler.scale_noise(task.noise)
         self.previous: Previous = None
@@ -117,7 +117,8 @@ class Worker:
     def compute(self, operation: Computation, i: int) -> None:
         """Run a part of the network at step i and keep its output; see `schedule.Run`, `Project`, `Attend`."""
         task, net, branch = self.task, self.task.denoiser, operation.branch
-        conditioning, size = task.batch(branch), task.noise.shape[2:]
+        conditioning, (height, width) = task.batch(branch), task.noise.shape[2:]
+        size = height, width
         late = operation.late if isinstance(operation, Run) else 0
         t = task.sampler.timesteps[i - late, None].to(task.noise.device)
 
@@ -127,7 +128,7 @@ class Worker:
         match operation:
             case Run(span, "both"):
                 x = latents().repeat(2, 1, 1, 1)
-                both = net.run(span, x, {}, t.repeat(2), conditioning, size)
+                (both,) = tensors_of(net.run(span, x, {}, t.repeat(2), conditioning, size))
                 for name, half in zip(("uncond", "cond"), both.chunk(2)):
                     self.keep(prediction(name), half)
                 return
@@ -210,7 +211,7 @@ class Watch:
 
 @torch.inference_mode()
 def denoise(
-    task: Task, strategy: Strategy, settings: Settings, transport: Transport, watch: Watch | None = None
+    task: Task, strategy: Strategy, settings: Settings, transport: AnyTransport, watch: Watch | None = None
 ) -> Iterator[StepRecord]:
     """Make one picture's latents, step by step. The last record's latents are the result.
 
@@ -242,12 +243,5 @@ def denoise(
         if task.noise.is_cuda:
             torch.cuda.synchronize()  # so that the seconds of pipelined steps are true
         seconds = time.perf_counter() - start
-        slope = known_fall(i, history, settings)
+        slope = average_fall(history, i, settings.rule.window)
         yield StepRecord(i, plan.stage, history[i], slope, seconds, first.latents, plan.switch)
-
-
-def known_fall(i: int, history: list[float | None], settings: Settings) -> float | None:
-    """The average fall at step i, where the discrepancies at both ends of the window are known."""
-    window = settings.rule.window
-    known = i >= window and history[i] is not None and history[i - window + 1] is not None
-    return average_fall(history, i, window) if known else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridiff.cost import Bar, idle_ranks, runs_of, unit_times
 from hybridiff.denoise import StepRecord, Task, Watch, denoise
-from hybridiff.distributed.transport import Transport
+from hybridiff.distributed.transport import AnyTransport
 from hybridiff.errors import UsageError, raise_together, remedy, require_finite
 from hybridiff.partition import weights_needed
 from hybridiff.request import Request
@@ -21,6 +21,7 @@ from hybridiff.strategies import STRATEGIES, Settings, Strategy
 from hybridiff.switching import Switch
 from hybridiff.text import encode, meta_encode
 from hybridiff.tiles import LARGE, decode_tiled
+from models.tape import Denoiser
 from weights.load import Checkpoint
 
 WORTH_SPLITTING = 2**18  # pixels from which the ranks decode together
@@ -114,7 +115,7 @@ def decode(
     latents: Tensor,
     device: torch.device,
     tiles: bool = False,
-    transport: Transport | None = None,
+    transport: AnyTransport | None = None,
 ) -> Tensor:
     """Latents as the denoiser leaves them -> image (height, width, 3) uint8. In fp32: SDXL's decoder overflows in fp16.
 
@@ -144,7 +145,7 @@ def decoded_together(request: Request, ranks: int) -> bool:
     return ranks > 1 and not exact and request.height * request.width >= WORTH_SPLITTING
 
 
-def runs_here(plan: Plan, transport: Transport) -> list[Computation]:
+def runs_here(plan: Plan, transport: AnyTransport) -> list[Computation]:
     """All parts of the network that the ranks of this process may ever run."""
     ranks = plan.strategy.ranks
     here = range(ranks) if transport.world == 1 else [transport.rank % ranks]
@@ -161,7 +162,8 @@ class Phases:
     """Seconds by phase. A phase goes on until `end` names it."""
 
     def __init__(self, watch: Watch):
-        self.watch, self.seconds, self.since = watch, {}, time.perf_counter()
+        self.watch, self.since = watch, time.perf_counter()
+        self.seconds: dict[str, float] = {}
 
     def end(self, name: str) -> None:
         """What was done since the last phase belongs to this one."""
@@ -178,7 +180,7 @@ class Phases:
 def generate(
     checkpoint: Checkpoint,
     plan: Plan,
-    transport: Transport,
+    transport: AnyTransport,
     device: torch.device,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     watch: Watch | None = None,
@@ -222,7 +224,7 @@ def generate(
 
 
 def prepare_task(
-    checkpoint: Checkpoint, plan: Plan, transport: Transport, device: torch.device, phases: Phases
+    checkpoint: Checkpoint, plan: Plan, transport: AnyTransport, device: torch.device, phases: Phases
 ) -> Task:
     """Encode this process's texts, load the weights that it needs (all, where units are to be timed), draw the noise."""
     request, runs = plan.request, runs_here(plan, transport)
@@ -241,8 +243,12 @@ def prepare_task(
 
 
 def load_denoiser(
-    checkpoint: Checkpoint, plan: Plan, transport: Transport, device: torch.device, everything: bool = False
-) -> torch.nn.Module:
+    checkpoint: Checkpoint,
+    plan: Plan,
+    transport: AnyTransport,
+    device: torch.device,
+    everything: bool = False,
+) -> Denoiser:
     """The denoiser with the weights that this process needs, the others on the meta device."""
     names = None
     if transport.world > 1 and not everything:
@@ -251,16 +257,16 @@ def load_denoiser(
 
 
 def balance(
-    checkpoint: Checkpoint, plan: Plan, task: Task, times: list, transport: Transport, device: torch.device
+    checkpoint: Checkpoint, plan: Plan, task: Task, times: list, transport: AnyTransport, device: torch.device
 ) -> tuple[Plan, Task]:
     """Cut anew by the measured times of all ranks, which all of them have; each keeps the weights that it needs."""
     strategy = plan.strategy.on(task.denoiser, plan.strategy.ranks, times)
     plan = plan._replace(strategy=strategy)
-    task = replace(task, denoiser=None)  # the whole network goes before a part of it comes
+    task = replace(task, denoiser=None)  # type: ignore[arg-type]  # the whole network goes before a part of it comes
     return plan, replace(task, denoiser=load_denoiser(checkpoint, plan, transport, device))
 
 
-def use_of(plan: Plan, task: Task, times: list | None, transport: Transport) -> dict:
+def use_of(plan: Plan, task: Task, times: list | None, transport: AnyTransport) -> dict:
     """How the ranks are used, see `Result.use`."""
     held = (p for p in task.denoiser.state_dict().values() if not p.is_meta)
     weights = transport.all_gather(sum(p.numel() * p.element_size() for p in held))
@@ -282,7 +288,7 @@ def require_finite_latents(checkpoint: Checkpoint, request: Request, records: Se
 
 
 def decode_result(
-    checkpoint: Checkpoint, request: Request, latents: Tensor, transport: Transport, device: torch.device
+    checkpoint: Checkpoint, request: Request, latents: Tensor, transport: AnyTransport, device: torch.device
 ) -> Tensor | None:
     """The image of the last latents, by all ranks together or by rank 0 alone."""
     if decoded_together(request, transport.world):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hybridiff.strategies import Reuse
 from hybridiff.switching import SwitchRule
@@ -34,7 +34,7 @@ def usual_reuse(steps: int, share: float, start: int | None = None) -> Reuse:
     return replace(reuse, count=int(share * len(reuse.choices(steps))))
 
 
-def paper_rule(switch: Mapping[str, float], steps: int) -> SwitchRule:
+def paper_rule(switch: Mapping[str, Any], steps: int) -> SwitchRule:
     """The paper's numbers for a family (`models.family.Family.switch`), which are for 50 steps; with others the same stretch of the
     trajectory, so that a step falls by more."""
     rule, times = SwitchRule(**switch), steps / 50

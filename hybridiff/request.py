@@ -87,7 +87,7 @@ def make_request(
             f"`strategy` {printable(strategy)} is unknown: choose one of {', '.join(STRATEGIES)}."
         )
     require_number("steps", steps, 1, TRAINING_STEPS - 1)
-    rule_numbers = {"window": window, "slope": slope, "cap": cap, "interval": interval}
+    rule_numbers: dict[str, Any] = {"window": window, "slope": slope, "cap": cap, "interval": interval}
     reuse_numbers = {"full_first": full_first, "skipped": skipped}
     for numbers, strategies in ((rule_numbers, ("paper",)), (reuse_numbers, SKIPPING)):
         for name, value in numbers.items():

@@ -5,6 +5,8 @@ All have the same face: `timesteps` (what the network is told at each step, fp32
 spacing, offset 1) and the twice-shifted sigmas of SD3, as in the scheduler configs of the official folders.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -145,7 +147,7 @@ class FlowDPM(FlowEuler):
 
 
 Sampler = DDIM | Euler | DPM | FlowEuler
-SAMPLERS = {  # by what the network predicts, the default first
+SAMPLERS: dict[str, dict[str, Callable[..., Sampler]]] = {  # by what the network predicts, the default first
     "epsilon": {"ddim": DDIM, "euler": Euler, "dpmpp_2m": DPM},
     "flow": {"flow": FlowEuler, "dpmpp_2m": FlowDPM},
 }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hybridiff.denoise import StepRecord
-from hybridiff.distributed.transport import Transport, connect, place
+from hybridiff.distributed.transport import AnyTransport, connect, place
 from hybridiff.errors import UsageError, printable
 from hybridiff.pipeline import Result, generate, plan_picture
 from hybridiff.request import make_request
@@ -40,7 +40,7 @@ def sample(
     (None on ranks other than 0), the records of the steps, the paper's switch, seconds and bytes. UsageError, a ValueError, names an argument
     that cannot be had. Several calls share one connection between the ranks, which ends with the process.
     """
-    device = choose_device(device and str(device))
+    device = choose_device(None if device is None else str(device))
     transport = session(device)
     request = make_request(checkpoint, prompt, device=device, **arguments)
     request = replace(request, seed=transport.all_gather(request.seed)[0])
@@ -49,7 +49,7 @@ def sample(
 
 
 @functools.cache
-def session(device: torch.device) -> Transport:
+def session(device: torch.device) -> AnyTransport:
     """The connection of this process to the other ranks, made once."""
     transport = connect()
     transport.locate(device)

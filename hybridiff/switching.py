@@ -39,11 +39,12 @@ class Switch:
         return "parallelism" if step <= self.tau2 else "fully-connecting"
 
 
-def average_fall(history: Sequence[float], step: int, window: int) -> float | None:
-    """G (Eq. 2) at a step: (M[step - L + 1] - M[step]) / L, positive while M falls; None before step L."""
+def average_fall(history: Sequence[float | None], step: int, window: int) -> float | None:
+    """G (Eq. 2) at a step: (M[step - L + 1] - M[step]) / L, positive while M falls; None before step L, and where a value is None."""
     if step < window:
         return None
-    return (history[step - window + 1] - history[step]) / window
+    before, now = history[step - window + 1], history[step]
+    return None if before is None or now is None else (before - now) / window
 
 
 def find_switch(history: Sequence[float | None], rule: SwitchRule) -> Switch | None:

@@ -68,7 +68,7 @@ def encode(
     width: int,
     device: torch.device,
     dtype: torch.dtype,
-    t5: str = "device",
+    t5: str | None = "device",
     branches: Sequence[str] = ("cond", "uncond"),
 ) -> dict[str, Any]:
     """The conditioning of the branches asked for, batch 1, in `dtype` on `device`; sizes in pixels.

@@ -7,6 +7,7 @@ The tiles that wait are in host memory.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ def steps(decoder: Decoder) -> Iterator[Step]:
     def second(block: ResidualBlock, after: Callable[[Tensor], Tensor]) -> Callable:
         return lambda h, r, normed: (after(h + block.conv2(F.silu(normed))),)
 
+    stage: Any
     for stage in reversed(decoder.up):
         for block in stage.block:
             ends = block is stage.block[-1] and hasattr(stage, "upsample")
@@ -92,7 +94,7 @@ def decode_tiled(
         rank::ranks
     ]
     waits = torch.device("cpu") if len(tiles) > 1 else h.device
-    states = [(h[:, :, y[0] : y[3], x[0] : x[3]].to(waits),) for y, x in tiles]
+    states: list[tuple[Tensor, ...]] = [(h[:, :, y[0] : y[3], x[0] : x[3]].to(waits),) for y, x in tiles]
     for norm, advance in steps(decoder):
         statistics = torch.zeros(2, batch, norm.num_groups, dtype=torch.float64, device=h.device)
         for (y, x), state in zip(tiles, states):
@@ -102,11 +104,11 @@ def decode_tiled(
             )
             share = (y[2] - y[1]) * (x[2] - x[1]) / (height * width)
             statistics += share * measure(norm, state[-1].to(h.device)[:, :, rows, columns])
-        statistics = sum(gather(statistics.cpu())).to(h.device)
+        statistics = sum(gather(statistics.cpu()), torch.zeros(())).to(h.device)
         for i, state in enumerate(states):
-            state = [tensor.to(h.device) for tensor in state]
-            normed = apply(norm, state[-1], statistics)
-            states[i] = tuple(tensor.to(waits) for tensor in advance(*state, normed))
+            moved = [tensor.to(h.device) for tensor in state]
+            normed = apply(norm, moved[-1], statistics)
+            states[i] = tuple(tensor.to(waits) for tensor in advance(*moved, normed))
     image = torch.zeros(batch, 3, height * factor, width * factor)
     total = torch.zeros(height * factor, width * factor)
     for (y, x), (part,) in zip(tiles, states):
@@ -114,4 +116,5 @@ def decode_tiled(
         rows, columns = (slice(span[0] * factor, span[3] * factor) for span in (y, x))
         image[:, :, rows, columns] += part.cpu() * weight
         total[rows, columns] += weight
-    return (sum(gather(image)) / sum(gather(total))).to(h.device)
+    nothing = torch.zeros(())
+    return (sum(gather(image), nothing) / sum(gather(total), nothing)).to(h.device)

@@ -5,7 +5,7 @@ its output blocks; those of an MMDiT are its blocks. Whatever stands before the 
 after the last one with that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +41,7 @@ class Shard(NamedTuple):
 class Denoiser(Protocol):
     """The contract. Latents are (B, C, h, w), times t (B,), conditioning a NamedTuple whose first field is text (B, L, width)."""
 
+    config: Any
     units: int
     most_ranks: int  # over how many ranks `split` can divide it
     shardable: bool  # whether `project` and `attend` are there
@@ -78,6 +79,11 @@ class Denoiser(Protocol):
 
     def attend(self, unit: int, state: Any, keys: Sequence[tuple[Tensor, ...]], size: Size) -> Any:
         """The second half, with the keys and values of all shards in order. Returns the shard's rows of the prediction after the last unit."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Those of `torch.nn.Module`, which a network is; likewise `state_dict`."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
 
     def key_shapes(
         self, unit: int, latents: torch.Size, text_tokens: int, shard: Shard

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,15 +87,15 @@ def renamed(data: bytes, rng: random.Random) -> bytes:
     keys = [key for key in header if key != "__metadata__"]
     for key in rng.sample(keys, rng.choice([1, 1, 2, 20])):
         digits = [i for i, letter in enumerate(key) if letter.isdigit()]
-        changes: list[Callable[[], str]] = [
-            lambda: key + rng.choice(["x", ".lora_A", "\ud800", "\n", "0"]), lambda: key[rng.randrange(1, 30) :],
-            lambda: rng.choice(keys) + ".", lambda: "".join(rng.choices("abc.019", k=600)),
+        changes = [
+            key + rng.choice(["x", ".lora_A", "\ud800", "\n", "0"]), key[rng.randrange(1, 30) :],
+            rng.choice(keys) + ".", "".join(rng.choices("abc.019", k=600)),
         ]  # fmt: skip
         if digits:
             at = rng.choice(digits)
             number = rng.choice(["9", "99999999", "\u0663", "", "-1", "1" * 400])
-            changes += [lambda: key[:at] + number + key[at + 1 :]] * 3
-        header[rng.choice(changes)()] = header.pop(key)
+            changes += [key[:at] + number + key[at + 1 :]] * 3
+        header[rng.choice(changes)] = header.pop(key)
     return joined(header, body)
 
 

@@ -42,7 +42,7 @@ class CheckedPart:
     config: Any
     sources: Mapping[str, Source]
     entries: Mapping[str, Entry]
-    module: nn.Module  # on the meta device
+    module: Any  # nn.Module on the meta device
 
     @property
     def bytes_by_dtype(self) -> Counter:

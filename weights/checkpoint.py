@@ -148,7 +148,7 @@ class Checkpoint:
     def load(
         self, part: str, dtype: torch.dtype, device: torch.device | str = "cpu", decoder_only: bool = False, stored: bool = False,
         names: tuple[str, ...] | None = None,
-    ) -> nn.Module:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """A part as a module in eval mode without gradients, its tensors brought one by one to device and dtype.
 
         `decoder_only` leaves out the encoder of the autoencoder, which sampling does not need. With `stored`, T5's linear layers

@@ -17,7 +17,7 @@ from hybridiff.tiles import LARGE
 from weights.files import FLOATS
 from weights.load import Checkpoint
 
-FEATURES = 12  # feature maps of the denoiser's first width that live at once, at least (tests/test_memory.py counts them)
+FEATURES = 12  # feature maps of the denoiser's first width that live at once, at least (tests/app/test_memory.py counts them)
 TILE = 96 + 18  # latents along a side of a tile with its border, see hybridiff/tiles.py
 
 

@@ -378,6 +378,9 @@ class TorchTransport(Transport):
             here.wait()
 
 
+AnyTransport = LocalTransport | TorchTransport
+
+
 def replicas(machines: Sequence[str], size: int) -> list[tuple[int, ...]]:
     """Ranks in replicas of `size`, given the machine of each rank: first those that fit into one machine, then what is left over. Rank 0 leads the first."""
     left, formed = list(range(len(machines))), []
@@ -413,7 +416,7 @@ def restarts() -> int:
 
 def connect(
     timeout: timedelta = timedelta(minutes=10), last_words: Callable[[str], object] | None = None
-) -> Transport:
+) -> AnyTransport:
     """The transport of this process: `TorchTransport` under torchrun with two ranks or more, else `LocalTransport`.
 
     `last_words` is given the sentence where this process must end, by default stderr.

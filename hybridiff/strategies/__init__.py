@@ -30,7 +30,7 @@ class Strategy:
     ranks: int = 2
     many: bool = False  # also for larger even numbers of ranks
     nested: bool = False  # both ends of the network on rank 1, the units between them on rank 0
-    partition: Partition | None = None
+    partition: Partition = None  # type: ignore[assignment]  # of a network, from `on`
 
     def counts(self, denoiser: Denoiser) -> list[int]:
         """The numbers of ranks that can make a picture together with a network."""

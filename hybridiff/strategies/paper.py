@@ -16,7 +16,7 @@ that is off by one; we follow the intent.) The tokens of the text come with them
 from collections.abc import Sequence
 
 from hybridiff.partition import BRANCHES, Partition
-from hybridiff.schedule import Name, Receive, Run, Send, Step, StepPlan, features, prediction
+from hybridiff.schedule import Name, Operation, Receive, Run, Send, Step, StepPlan, features, prediction
 from hybridiff.strategies.condition import guided_step
 from hybridiff.strategies.sequence_parallel import evaluate, exchange
 from hybridiff.strategies.settings import Settings
@@ -31,14 +31,14 @@ def paper(step: int, history: Sequence[float | None], settings: Settings, partit
     """The first pipelined step fills the pipeline; what would come too late for the last one is neither computed nor sent."""
     switch = find_switch(history, settings.rule)
     stage = switch.stage(step) if switch else "warm-up"
-    if stage != "parallelism":
+    if switch is None or stage != "parallelism":
         return StepPlan(stage, guided_step(evaluate(partition), partition, share=switch is None), switch)
     left = min(switch.tau2, settings.steps - 1) - step  # pipelined steps after this one
     in_time = [steps <= left for steps in steps_to_prediction(partition.owners)]
     if step == switch.first:
         runs, computing = filling_runs(partition, in_time)
     else:
-        runs, computing = pipelined_runs(partition, in_time), partition.owners
+        runs, computing = pipelined_runs(partition, in_time), list(partition.owners)
     transfers: list[Transfer] = []
     for j, (_, stop) in enumerate(partition.spans[:-1]):
         sender, receiver = computing[j], partition.owners[j + 1]
@@ -92,9 +92,9 @@ def filling_runs(partition: Partition, in_time: Sequence[bool]) -> tuple[Runs, l
 
 def with_messages(
     runs: Runs, transfers: Sequence[Transfer], predicting: int
-) -> tuple[tuple[Run | Send | Receive | Step, ...], ...]:
+) -> tuple[tuple[Operation, ...], ...]:
     """Features leave as soon as they are there and are received at the end, to be read in the next step; all step along one prediction."""
-    lists = []
+    lists: list[tuple[Operation, ...]] = []
     outputs = [PREDICTION if rank == predicting else None for rank in range(len(runs))]
     for rank, (own, swap) in enumerate(zip(runs, exchange(outputs))):
         receiver_of = {name: receiver for name, sender, receiver in transfers if sender == rank}

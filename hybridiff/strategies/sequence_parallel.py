@@ -61,5 +61,5 @@ def exchange(outputs: Sequence[Name | None]) -> list[list[Operation]]:
         others = [other for other in range(len(outputs)) if other != rank]
         sends = [Send(own, to=other) for other in others if own]
         receives = [Receive(name, source=other) for other in others if (name := outputs[other])]
-        lists.append(sends + receives)
+        lists.append([*sends, *receives])
     return lists

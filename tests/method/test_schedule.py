@@ -1,9 +1,11 @@
 """Schedules are data: every strategy's plans pass the check, and the check finds what is wrong."""
 
-import random
 from collections import Counter
+from itertools import accumulate
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridiff.schedule import (
     DISCREPANCY,
@@ -33,38 +35,43 @@ from models.tape import Shard
 from tests.tiny import make_task
 
 
-def random_case(rng: random.Random) -> tuple[list[float], Settings]:
-    steps = rng.randint(1, 60)
-    rule = SwitchRule(
-        rng.randint(1, 20), rng.choice([0.0, 1e-4, 1e-2]), rng.randint(1, 70), rng.randint(0, 70)
-    )
-    level, history = 0.3, []
-    for _ in range(steps):
-        level = max(1e-3, level + rng.uniform(-0.02, 0.015))
-        history.append(level)
-    return history, Settings(steps, rule, Reuse(rng.randint(0, 30), rng.randint(0, 40), rng.randint(0, 5)))
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[float], Settings]:
+    """Discrepancies that fall on the whole, and settings."""
+    steps = draw(st.integers(1, 60))
+    changes = draw(st.lists(st.floats(-0.02, 0.015), min_size=steps, max_size=steps))
+    history = list(accumulate(changes, lambda level, change: max(1e-3, level + change), initial=0.3))[1:]
+    slope = draw(st.sampled_from([0.0, 1e-4, 1e-2]))
+    rule = SwitchRule(draw(st.integers(2, 20)), slope, draw(st.integers(1, 70)), draw(st.integers(0, 70)))
+    reuse = Reuse(draw(st.integers(0, 30)), draw(st.integers(0, 40)), draw(st.integers(0, 5)))
+    return history, Settings(steps, rule, reuse)
 
 
-def test_every_plan_is_sound():
-    """Every send meets its receive in order, features sent are used, nobody waits for ever, every rank steps once; 400 seeded cases, some of
-    them on 4, 6 and 8 ranks."""
-    rng, networks = random.Random(0), {family: make_task(family, 1).denoiser for family in ("sdxl", "sd3")}
-    for case in range(200):
-        history, settings = random_case(rng)
-        for family, net in networks.items():
-            ranks = rng.choice((4, 6, 8)) if family == "sdxl" else rng.choice((4, 6))
-            several = [s.on(net, ranks) for s in STRATEGIES.values() if s.many and case % 10 == 0]
-            for strategy in [*(s.on(net) for s in STRATEGIES.values()), *several]:
-                # rank -> name -> how many results of it that rank has had, has received and not used, over the steps
-                store, unread, kept = {}, {}, {}
-                for step in range(settings.steps):
-                    plan = strategy.plan(step, history[:step], settings)
-                    assert len(plan.operations) == strategy.ranks
-                    check(plan)
-                    assert_sources_exist(plan, store)
-                    assert_skips_exist(plan, kept, family, net.units)
-                    assert_features_are_used(plan, unread)
-                assert not any(unread.values()), f"{family} {strategy.ranks} {settings}: {unread}"
+NETWORKS = {family: make_task(family, 1).denoiser for family in ("sdxl", "sd3")}
+MANY = {"sdxl": (4, 6, 8), "sd3": (4, 6)}  # ranks
+
+
+@settings(max_examples=120)
+@given(case=cases(), family=st.sampled_from(["sdxl", "sd3"]), many=st.integers(0, 9), data=st.data())
+def test_every_plan_is_sound(case: tuple[list[float], Settings], family: str, many: int, data: st.DataObject):
+    """Every send meets its receive in order, features sent are used, nobody waits for ever, every rank steps once; some cases on 4, 6 and 8
+    ranks."""
+    (history, settings), net = case, NETWORKS[family]
+    several = []
+    if many == 9:
+        ranks = data.draw(st.sampled_from(MANY[family]))
+        several = [s.on(net, ranks) for s in STRATEGIES.values() if s.many]
+    for strategy in [*(s.on(net) for s in STRATEGIES.values()), *several]:
+        # rank -> name -> how many results of it that rank has had, has received and not used, over the steps
+        store, unread, kept = {}, {}, {}
+        for step in range(settings.steps):
+            plan = strategy.plan(step, history[:step], settings)
+            assert len(plan.operations) == strategy.ranks
+            check(plan)
+            assert_sources_exist(plan, store)
+            assert_skips_exist(plan, kept, family, net.units)
+            assert_features_are_used(plan, unread)
+        assert not any(unread.values()), f"{family} {strategy.ranks} {settings}: {unread}"
 
 
 def assert_features_are_used(plan: StepPlan, unread: dict[int, Counter]) -> None:
@@ -134,21 +141,20 @@ def assert_sources_exist(plan: StepPlan, stores: dict[int, Counter]) -> None:
             del store[name]  # good for this step only
 
 
-def test_stages_follow_the_switch():
+@settings(max_examples=150)
+@given(case=cases())
+def test_stages_follow_the_switch(case: tuple[list[float], Settings]):
     """Warm-up, then k steps (by slope) or k + 1 (by the cap), then fully-connecting, cut at the last step."""
-    rng, paper = random.Random(1), STRATEGIES["paper"].on(make_task("sdxl", 1).denoiser)
-    for _ in range(200):
-        history, settings = random_case(rng)
-        plan = paper.plan
-        stages = [plan(step, history[:step], settings).stage for step in range(settings.steps)]
-        switch = find_switch(history, settings.rule)
-        if switch is None:
-            assert set(stages) == {"warm-up"}
-        else:
-            length = settings.rule.interval + (switch.reason == "cap")
-            first = switch.tau1 + (switch.reason == "slope")
-            expected = ["warm-up"] * first + ["parallelism"] * length + ["fully-connecting"] * settings.steps
-            assert stages == expected[: settings.steps]
+    (history, settings), plan = case, STRATEGIES["paper"].on(NETWORKS["sdxl"]).plan
+    stages = [plan(step, history[:step], settings).stage for step in range(settings.steps)]
+    switch = find_switch(history, settings.rule)
+    if switch is None:
+        assert set(stages) == {"warm-up"}
+    else:
+        length = settings.rule.interval + (switch.reason == "cap")
+        first = switch.tau1 + (switch.reason == "slope")
+        expected = ["warm-up"] * first + ["parallelism"] * length + ["fully-connecting"] * settings.steps
+        assert stages == expected[: settings.steps]
 
 
 A, B = prediction("cond"), prediction("uncond")

@@ -1,19 +1,22 @@
-"""Tokenizers against transformers on thousands of seeded strings; every comparison of ids is `equal`.
+"""Tokenizers against transformers on thousands of strings; every comparison of ids is `equal`.
 
-benchmarks/quality/tokenizer_ids.py does the same with as many strings as one likes.
+benchmarks/quality/tokenizer_ids.py does the same with as many seeded strings as one likes.
 """
 
 import io
 import json
 import random
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -93,6 +96,13 @@ def strings(count: int, seed: int = 0) -> Iterator[str]:
         parts = [random_character(rng) for _ in range(rng.randrange(60))] + rng.choices(WORDS + SPACES, k=10)
         rng.shuffle(parts)
         yield "".join(parts)
+
+
+PIECES = st.sampled_from(WORDS + SPACES)
+CHARACTERS = st.characters(exclude_categories=("Cn", "Cs"))
+TEXTS = st.lists(
+    st.lists(PIECES | CHARACTERS, max_size=40).map("".join), min_size=10, max_size=40
+)  # compared at once
 
 
 def sentences() -> list[str]:
@@ -184,23 +194,40 @@ def differing(
     return wrong
 
 
+theirs_in = cache(transformers.CLIPTokenizerFast.from_pretrained)  # read once, as it takes time
+
+
+@cache
+def shipped_clip() -> CLIPTokenizer:
+    """CLIP's own."""
+    return CLIPTokenizer(*packed_clip())
+
+
+def compared(test: Callable) -> Callable:
+    """A test of a list of `texts`, many times."""
+    return settings(max_examples=40)(given(texts=TEXTS)(example(texts=FIXED)(test)))
+
+
 @pytest.mark.parametrize("length", [77, 16])
-def test_small_clip_ids_equal_transformers(clip_folder: Path, length: int):
-    theirs = transformers.CLIPTokenizerFast.from_pretrained(clip_folder)
+@compared
+def test_small_clip_ids_equal_transformers(clip_folder: Path, length: int, texts: list[str]):
+    theirs = theirs_in(clip_folder)
     ours = CLIPTokenizer.from_files(clip_folder / "vocab.json", clip_folder / "merges.txt", length=length)
-    assert not differing(ours, theirs, list(strings(1000)))
+    assert not differing(ours, theirs, texts)
 
 
-def test_shipped_clip_ids_equal_transformers(real_clip_folder: Path):
+@compared
+def test_shipped_clip_ids_equal_transformers(real_clip_folder: Path, texts: list[str]):
     """CLIP's own vocabulary, as --weights with a single file uses it."""
-    theirs = transformers.CLIPTokenizerFast.from_pretrained(real_clip_folder)
-    assert not differing(CLIPTokenizer(*packed_clip()), theirs, list(strings(2000)))
+    theirs = theirs_in(real_clip_folder)
+    assert not differing(shipped_clip(), theirs, texts)
 
 
-def test_demo_clip_ids_equal_transformers():
-    theirs = transformers.CLIPTokenizerFast.from_pretrained(DEMO_FOLDER)
+@compared
+def test_demo_clip_ids_equal_transformers(texts: list[str]):
+    theirs = theirs_in(DEMO_FOLDER)
     ours = CLIPTokenizer.from_files(DEMO_FOLDER / "vocab.json", DEMO_FOLDER / "merges.txt")
-    assert not differing(ours, theirs, list(strings(2000)))
+    assert not differing(ours, theirs, texts)
 
 
 def test_a_folder_that_declares_its_padding_is_read_as_transformers_reads_it(
@@ -227,16 +254,16 @@ def test_clip_start_end_and_pad(clip_folder: Path):
 
 
 @pytest.mark.parametrize("length", [77, 16])
-def test_small_t5_ids_equal_transformers(t5_file: Path, length: int):
+@compared
+def test_small_t5_ids_equal_transformers(t5_file: Path, length: int, texts: list[str]):
     ours = T5Tokenizer(t5_file, length, extra_ids=T5_EXTRA)
-    assert not differing(ours, t5_oracle(t5_file, T5_EXTRA), list(strings(1000)))
+    assert not differing(ours, t5_oracle(t5_file, T5_EXTRA), texts)
 
 
-def test_demo_t5_ids_equal_transformers():
+@compared
+def test_demo_t5_ids_equal_transformers(texts: list[str]):
     file = DEMO_FOLDER / "spiece.model"
-    assert not differing(
-        T5Tokenizer(file, 256, extra_ids=T5_EXTRA), t5_oracle(file, T5_EXTRA), list(strings(2000))
-    )
+    assert not differing(T5Tokenizer(file, 256, extra_ids=T5_EXTRA), t5_oracle(file, T5_EXTRA), texts)
 
 
 def test_t5_ids_equal_sentencepiece_on_plain_text(t5_file: Path):
@@ -249,13 +276,14 @@ def test_t5_ids_equal_sentencepiece_on_plain_text(t5_file: Path):
             assert ours(text)[0, : len(ids) + 1].tolist() == [*ids, 1], text
 
 
-def test_t5_ids_stay_within_the_pieces_without_extra_tokens():
+@compared
+def test_t5_ids_stay_within_the_pieces_without_extra_tokens(texts: list[str]):
     file = DEMO_FOLDER / "spiece.model"
     tokenizer, pieces = (
         T5Tokenizer(file, 256),
         sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size(),
     )
-    assert max(int(tokenizer(text).max()) for text in strings(500)) < pieces
+    assert max(int(tokenizer(text).max()) for text in texts) < pieces
 
 
 def test_t5_end_and_pad(t5_file: Path):

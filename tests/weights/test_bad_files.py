@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.mutations import MUTATIONS, acceptable, outcome
+from tests.mutations import JUNK, MUTATIONS, acceptable, joined, outcome
 from tests.official import tensors, write_sparse
 from tests.small import random_states, write_folder, write_single
 from weights.describe import describe
@@ -34,12 +36,40 @@ def sentence(path: Path | str, **options) -> str:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_mutated_files_load_or_say_why_not(mutation, whole: Path, tmp_path: Path):
-    data, rng = whole.read_bytes(), random.Random(0)
-    for i in range(10):
-        path = tmp_path / f"{i}.safetensors"
-        path.write_bytes(mutation(data, rng))
-        assert acceptable(outcome(path))
+@settings(max_examples=10, phases=[Phase.generate])  # there is nothing to shrink in a seed
+@given(seed=st.integers(0, 2**32))
+def test_mutated_files_load_or_say_why_not(mutation, whole: Path, tmp_path: Path, seed: int):
+    """benchmarks/hardship/fuzz_files.py does the same with as many files as one likes."""
+    path = tmp_path / "x.safetensors"
+    path.unlink(missing_ok=True)  # an earlier one may be mapped still
+    path.write_bytes(mutation(whole.read_bytes(), random.Random(seed)))
+    assert acceptable(outcome(path))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(JUNK),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=6,
+)
+SIZES = st.integers(0, 8) | st.integers(2**60, 2**65)
+ENTRIES = st.fixed_dictionaries({
+    "dtype": st.sampled_from(["F16", "F32", "I8", "F8_E4M3", "F4"]) | JSON,
+    "shape": st.lists(SIZES, max_size=3) | JSON,
+    "data_offsets": st.lists(SIZES, min_size=2, max_size=2) | JSON,
+})  # fmt: skip
+NAMES = st.text(max_size=20) | st.sampled_from(
+    ["__metadata__", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"]
+)
+
+
+@settings(max_examples=100)
+@given(header=st.dictionaries(NAMES, ENTRIES | JSON, max_size=4) | JSON, body=st.binary(max_size=32))
+def test_any_header_is_refused_in_one_sentence(
+    header: object, body: bytes, tmp_path_factory: pytest.TempPathFactory
+):
+    path = tmp_path_factory.mktemp("header") / "x.safetensors"
+    path.write_bytes(joined(header, body))
+    assert (found := outcome(path)) != "loaded" and acceptable(found)
 
 
 @pytest.mark.parametrize("content, words", [
@@ -62,6 +92,34 @@ def test_a_cut_off_file_says_so(whole: Path, tmp_path: Path):
     for size in (20, 1000, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
         assert "cut off" in sentence(path)
+
+
+FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("table, size", [
+    ({"a": FLOAT, "b": FLOAT | {"data_offsets": [12, 20]}}, 20), ({"a": FLOAT, "b": FLOAT | {"data_offsets": [4, 12]}}, 12),
+    ({"a": FLOAT}, 9), ({"a": FLOAT | {"shape": [3]}}, 8), ({"a": FLOAT | {"shape": [-2]}}, 8),
+    ({"a": FLOAT | {"dtype": "F99"}}, 8), ({"a": FLOAT | {"dtype": "F16"}}, 8), ({"a": FLOAT | {"data_offsets": [8, 0]}}, 8),
+    ({"a": [1]}, 0), ({"__metadata__": {"prompt": 1}, "a": FLOAT}, 8),
+], ids=["gap", "overlap", "rest", "shape", "negative", "unknown", "width", "backwards", "list", "metadata"])  # fmt: skip
+def test_a_header_that_does_not_fit_its_file_is_refused(table: dict, size: int, tmp_path: Path):
+    """safetensors finds these, in the oldest version that pyproject.toml names as well."""
+    (tmp_path / "x.safetensors").write_bytes(joined(table, bytes(size)))
+    assert "cut off or damaged" in sentence(tmp_path / "x.safetensors")
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path: Path):
+    """safetensors would take the last one; so would Python."""
+    entry = json.dumps(FLOAT)
+    for text, words in (
+        (f'{{"a": {entry}, "a": {entry}}}', "a name occurs twice"),
+        (f'{{"__metadata__": {{"x": "1", "x": "2"}}, "a": {entry}}}', "a name occurs twice"),
+        (f'{{"a": {entry}, "_orig_mod.a": {entry.replace("[0, 8]", "[8, 16]")}}}', "twice, with and without"),
+    ):
+        data = len(text).to_bytes(8, "little") + text.encode() + bytes(16 if "_orig" in text else 8)
+        (tmp_path / "x.safetensors").write_bytes(data)
+        assert words in sentence(tmp_path / "x.safetensors")
 
 
 def test_missing_extra_and_misshaped_tensors_are_listed_together(tmp_path: Path):

@@ -287,7 +287,7 @@ def test_text_encoders_beside_an_sd3_file_or_by_option(tmp_path: Path):
     ]
     assert "can be left out" in describe(checkpoint) and "Needed: clip_l is missing" in describe(checkpoint)
     files = []
-    for i, (part, state) in enumerate(encoders.items()):
+    for i, state in enumerate(encoders.values()):
         files.append(tmp_path / f"{i}.safetensors")  # the names tell nothing
         save_file(state, files[-1])
     assert_equal(open_checkpoint(str(alone), text_encoders=[str(file) for file in files]), states)
