@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridiff.denoise import Task, Worker
-from hybridiff.distributed.transport import LocalTransport
+from hybridiff.distributed.local import LocalTransport
 from hybridiff.schedule import (
     Attend,
     Computation,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridiff.distributed.transport import AnyTransport, Shapes
+from hybridiff.distributed.local import Shapes
+from hybridiff.distributed.transport import AnyTransport
 from hybridiff.guidance import discrepancy, guide
 from hybridiff.samplers import Previous, Sampler
 from hybridiff.schedule import (
