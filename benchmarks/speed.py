@@ -36,7 +36,7 @@ from benchmarks.timing.timed import (  # noqa: E402
     warm_parts,
 )
 from hybridiff.app.files import write_whole  # noqa: E402
-from hybridiff.cost import length, plan_all, timeline  # noqa: E402
+from hybridiff.cost import length, plan_all, timeline, work_of  # noqa: E402
 from hybridiff.denoise import Task  # noqa: E402
 from hybridiff.partition import Partition, partition  # noqa: E402
 from hybridiff.presets import PRESETS, usual_reuse  # noqa: E402
@@ -93,7 +93,7 @@ def ideal(
         parts = parts | {"inner": parts["entry"] + parts["inner"]}
     costs = {}
     for run in {run for plan in plans for run in plan.runs()}:
-        costs[run.work] = parts[part_of(run, division)] / (2 if run.branch == "both" else 1)
+        costs[work_of(run)] = parts[part_of(run, division)] / (2 if run.branch == "both" else 1)
     return length(timeline(plans, costs, delay))
 
 

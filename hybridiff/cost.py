@@ -21,7 +21,6 @@ from hybridiff.schedule import (
     Run,
     Send,
     StepPlan,
-    bytes_sent,
     interleave,
     keys,
 )
@@ -41,8 +40,15 @@ class Bar(NamedTuple):
     label: str  # the operation
 
 
-# `work` of a computation -> cost for one branch, in evaluations of the whole network
+# `work_of` a computation -> cost for one branch, in evaluations of the whole network
 Costs = dict[object, float]
+
+
+def work_of(computation: Computation) -> object:
+    """What is computed, whatever the branch."""
+    if isinstance(computation, Run):
+        return computation.span
+    return type(computation), computation.unit, computation.shard
 
 
 @torch.inference_mode()
@@ -59,7 +65,7 @@ def part_costs(task: Task, strategy: Strategy, plans: Sequence[StepPlan] = ()) -
     whole, spans = strategy.partition.whole("cond"), strategy.partition.spans
     parts: list[Computation] = [whole, *(strategy.partition.run(span, "cond") for span in spans)]
     shards = [run for plan in plans for run in plan.runs() if not isinstance(run, Run)]
-    parts += {run.work: run for run in shards}.values()  # one shard after the other
+    parts += {work_of(run): run for run in shards}.values()  # one shard after the other
     worker, counted = Worker(0, task, LocalTransport()), {}
     for run in parts:
         if isinstance(run, Attend):
@@ -68,8 +74,8 @@ def part_costs(task: Task, strategy: Strategy, plans: Sequence[StepPlan] = ()) -
                 worker.keep(name, [torch.empty(s, dtype=d, device=meta) for s, d in task.message(name)])
         with FlopCounterMode(display=False) as counter:
             worker.compute(run, 0)
-        counted[run.work] = counter.get_total_flops()
-    return {work: operations / counted[whole.work] for work, operations in counted.items()}
+        counted[work_of(run)] = counter.get_total_flops()
+    return {work: operations / counted[work_of(whole)] for work, operations in counted.items()}
 
 
 @torch.inference_mode()
@@ -122,7 +128,7 @@ def timeline(
         for rank, operation in interleave(list(enumerate(plan.operations)), arrived):
             start = clock[rank]
             if isinstance(operation, Computation):
-                clock[rank] += costs[operation.work] * (2 if operation.branch == "both" else 1)
+                clock[rank] += costs[work_of(operation)] * (2 if operation.branch == "both" else 1)
                 bars.append(Bar(rank, step, start, clock[rank], "run", str(operation)))
             elif isinstance(operation, Send):
                 channel = rank, operation.to
@@ -167,3 +173,13 @@ def runs_of(strategy: Strategy, settings: Settings, rank: int) -> list[Computati
     return list(
         dict.fromkeys(run for plan in [*early, *plan_all(strategy, settings)] for run in plan.runs(rank))
     )
+
+
+def bytes_sent(plan: StepPlan, size: Callable[[Name], int]) -> Counter[str]:
+    """Bytes of a step's messages by kind ("prediction", "features", ...), given the bytes of a result."""
+    total: Counter[str] = Counter()
+    for operations in plan.operations:
+        for operation in operations:
+            if isinstance(operation, Send):
+                total[operation.name.what] += size(operation.name)
+    return total

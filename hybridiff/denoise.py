@@ -36,6 +36,7 @@ from hybridiff.schedule import (
 )
 from hybridiff.strategies import Settings, Strategy
 from hybridiff.switching import Stage, Switch, average_fall
+from hybridiff.watch import Watch
 from models.tape import Denoiser, Shard
 
 
@@ -184,30 +185,6 @@ class StepRecord(NamedTuple):
     seconds: float
     latents: Tensor  # (1, C, h, w) after the step, fp32
     switch: Switch | None = None  # the paper's, once it is decided
-
-
-class Watch:
-    """What is told how the work goes. This one keeps nothing; `hybridiff.app.profile.Profile` keeps times and memory."""
-
-    def begin(self) -> None:
-        """The first step begins."""
-
-    def mark(self) -> Any:
-        """This moment."""
-
-    def note(self, rank: int, step: int, operation: Operation, begun: Any) -> None:
-        """An operation went on from `begun`, a mark, until now."""
-
-    def phase(self, name: str) -> None:
-        """A phase has ended: "text", "load", a step's stage, "decode"."""
-
-    def bars(self) -> list:
-        """What was kept of operations, as `hybridiff.cost.Bar`."""
-        return []
-
-    def memory(self) -> dict:
-        """What was kept of memory."""
-        return {}
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridiff.cost import Bar, idle_ranks, runs_of, unit_times
-from hybridiff.denoise import StepRecord, Task, Watch, denoise
+from hybridiff.denoise import StepRecord, Task, denoise
 from hybridiff.distributed.transport import AnyTransport
 from hybridiff.errors import UsageError, raise_together, remedy, require_finite
 from hybridiff.partition import weights_needed
@@ -21,6 +21,7 @@ from hybridiff.strategies import STRATEGIES, Settings, Strategy
 from hybridiff.switching import Switch
 from hybridiff.text import encode, meta_encode
 from hybridiff.tiles import LARGE, decode_tiled
+from hybridiff.watch import Watch
 from models.tape import Denoiser
 from weights.load import Checkpoint
 

@@ -28,7 +28,25 @@ def leading_timesteps(steps: int) -> Tensor:
     return (torch.arange(steps) * (TRAINING_STEPS // steps)).flip(0) + 1
 
 
-class DDIM:
+class Sampler:
+    """What all samplers have; this one scales nothing."""
+
+    timesteps: Tensor  # (steps,), what the network is told at each step, fp32
+
+    def scale_noise(self, noise: Tensor) -> Tensor:
+        """Unit noise -> the first latents."""
+        return noise
+
+    def scale_input(self, latents: Tensor, i: int) -> Tensor:
+        """Latents of step i -> what the network is given."""
+        return latents
+
+    def step(self, latents: Tensor, predicted: Tensor, i: int, previous: Previous = None) -> Tensor:
+        """Latents of step i and its prediction, with those of the step before -> latents of step i + 1."""
+        raise NotImplementedError
+
+
+class DDIM(Sampler):
     """Deterministic DDIM (Song et al. 2020, Eq. 12 with eta = 0): predict the clean latents, then noise them less."""
 
     def __init__(self, steps: int):
@@ -38,12 +56,6 @@ class DDIM:
         self.next_alphas = torch.where(previous >= 0, alphas[previous.clamp(min=0)], alphas[0])
         self.timesteps = timesteps.float()
 
-    def scale_noise(self, noise: Tensor) -> Tensor:
-        return noise
-
-    def scale_input(self, latents: Tensor, i: int) -> Tensor:
-        return latents
-
     def step(self, latents: Tensor, noise: Tensor, i: int, previous: Previous = None) -> Tensor:
         """Latents of step i and the predicted noise -> latents of step i + 1."""
         a, a_next = self.alphas[i], self.next_alphas[i]
@@ -51,7 +63,7 @@ class DDIM:
         return a_next.sqrt() * clean + (1 - a_next).sqrt() * noise
 
 
-class Euler:
+class Euler(Sampler):
     """Euler steps of the probability-flow ODE (Karras et al. 2022, Algorithm 2 without churn), sigmas from the betas."""
 
     def __init__(self, steps: int):
@@ -71,7 +83,7 @@ class Euler:
         return latents + (self.sigmas[i + 1] - self.sigmas[i]) * noise
 
 
-class FlowEuler:
+class FlowEuler(Sampler):
     """Euler steps of a rectified flow (Esser et al. 2024): latents = (1 - sigma) * image + sigma * noise."""
 
     def __init__(self, steps: int, shift: float = 3.0):
@@ -83,12 +95,6 @@ class FlowEuler:
         sigmas = shifted(torch.linspace(1.0, smallest, steps, dtype=torch.float64))
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
         self.timesteps = self.sigmas[:-1] * TRAINING_STEPS
-
-    def scale_noise(self, noise: Tensor) -> Tensor:
-        return noise
-
-    def scale_input(self, latents: Tensor, i: int) -> Tensor:
-        return latents
 
     def step(self, latents: Tensor, velocity: Tensor, i: int, previous: Previous = None) -> Tensor:
         """Latents of step i and the predicted velocity (noise - image) -> latents of step i + 1."""
@@ -110,7 +116,7 @@ def second_order(
     return ratio * latents + (alphas[i + 1] - ratio * alphas[i]) * clean
 
 
-class DPM:
+class DPM(Sampler):
     """DPM-Solver++(2M) for noise predictions, on DDIM's timesteps, down to no noise at all."""
 
     def __init__(self, steps: int):
@@ -118,12 +124,6 @@ class DPM:
         signal = torch.cat([signal[timesteps], signal.new_ones(1)])
         self.alphas, self.sigmas = signal.sqrt().float(), (1 - signal).sqrt().float()
         self.timesteps = timesteps.float()
-
-    def scale_noise(self, noise: Tensor) -> Tensor:
-        return noise
-
-    def scale_input(self, latents: Tensor, i: int) -> Tensor:
-        return latents
 
     def clean(self, latents: Tensor, noise: Tensor, i: int) -> Tensor:
         return (latents - self.sigmas[i] * noise) / self.alphas[i]
@@ -146,7 +146,6 @@ class FlowDPM(FlowEuler):
         return second_order(latents, self.clean(latents, velocity, i), older, 1 - self.sigmas, self.sigmas, i)
 
 
-Sampler = DDIM | Euler | DPM | FlowEuler
 SAMPLERS: dict[str, dict[str, Callable[..., Sampler]]] = {  # by what the network predicts, the default first
     "epsilon": {"ddim": DDIM, "euler": Euler, "dpmpp_2m": DPM},
     "flow": {"flow": FlowEuler, "dpmpp_2m": FlowDPM},

@@ -1,12 +1,12 @@
 """Who computes what and who sends what to whom, as data.
 
 A strategy turns (step, what has been measured so far) into a `StepPlan`: for every rank a list of operations. The same
-lists are performed by the ranks, performed by one process that plays all ranks in turn, printed, checked, and added up to
-bytes. Results are kept under names in each rank's own store, so the lists show how old the input of each operation is: an
+lists are performed by the ranks, performed by one process that plays all ranks in turn, printed, checked (check.py), and added up
+to bytes (cost.py). Results are kept under names in each rank's own store, so the lists show how old the input of each operation is: an
 operation that comes before the `Receive` of a step reads what the step before left there.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,11 +70,6 @@ class Run:
     late: int = 0
 
     @property
-    def work(self) -> object:
-        """What is computed, whatever the branch."""
-        return self.span
-
-    @property
     def label(self) -> str:
         """The span in words: "whole network", "units 0-6"."""
         start, stop = self.span
@@ -99,11 +94,6 @@ class Project:
     shard: Shard
 
     @property
-    def work(self) -> object:
-        """What is computed, whatever the branch."""
-        return "project", self.unit, self.shard
-
-    @property
     def output(self) -> Name:
         """What it leaves."""
         return keys(self.branch, self.unit, self.shard)
@@ -120,11 +110,6 @@ class Attend:
     unit: int
     shard: Shard
     output: Name
-
-    @property
-    def work(self) -> object:
-        """What is computed, whatever the branch."""
-        return "attend", self.unit, self.shard
 
     def __str__(self) -> str:
         return f"attend in unit {self.unit} ({self.branch}) {self.shard}"
@@ -253,37 +238,3 @@ def interleave(
         if not progress:
             stuck = "; ".join(f"rank {rank} at '{todo[0]}'" for rank, todo in waiting if todo)
             raise ScheduleError(f"every rank waits for a message that nobody sends: {stuck}")
-
-
-def check(plan: StepPlan) -> None:
-    """Raise ScheduleError unless each send meets its receive in order, nobody waits for ever and every rank steps once."""
-    mail: dict[tuple[int, int], deque[Name]] = {}  # (sender, receiver) -> results in flight
-
-    def arrived(receive: Receive, rank: int) -> bool:
-        return bool(mail.get((receive.source, rank)))
-
-    for rank, operation in interleave(list(enumerate(plan.operations)), arrived):
-        if isinstance(operation, Send):
-            if not 0 <= operation.to < len(plan.operations) or operation.to == rank:
-                raise ScheduleError(f"rank {rank}: '{operation}' goes to no other rank")
-            mail.setdefault((rank, operation.to), deque()).append(operation.name)
-        elif isinstance(operation, Receive):
-            name = mail[operation.source, rank].popleft()
-            if name != operation.name:
-                raise ScheduleError(f"rank {rank}: '{operation}' meets {name}")
-    left = [f"{name} from rank {a} to rank {b}" for (a, b), names in mail.items() for name in names]
-    if left:
-        raise ScheduleError(f"sent but never received: {', '.join(left)}")
-    for rank, operations in enumerate(plan.operations):
-        if sum(isinstance(operation, Step) for operation in operations) != 1:
-            raise ScheduleError(f"rank {rank} does not step exactly once")
-
-
-def bytes_sent(plan: StepPlan, size: Callable[[Name], int]) -> Counter[str]:
-    """Bytes of a step's messages by kind ("prediction", "features", ...), given the bytes of a result."""
-    total: Counter[str] = Counter()
-    for operations in plan.operations:
-        for operation in operations:
-            if isinstance(operation, Send):
-                total[operation.name.what] += size(operation.name)
-    return total

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from hybridiff.cost import Bar
-from hybridiff.denoise import Watch
 from hybridiff.schedule import Attend, Operation, Project, Receive, Run, Send
+from hybridiff.watch import Watch
 
 EVERY = 0.02  # seconds between two looks at the resident set
 

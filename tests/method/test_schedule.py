@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridiff.check import check
 from hybridiff.schedule import (
     DISCREPANCY,
     GUIDED,
@@ -23,7 +24,6 @@ from hybridiff.schedule import (
     Send,
     Step,
     StepPlan,
-    check,
     extrapolated,
     features,
     keys,
