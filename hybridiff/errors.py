@@ -53,13 +53,13 @@ def printable(text: str, most: int = 300) -> str:
 
 
 @contextmanager
-def raise_together(gather: Callable[[object], list]) -> Iterator[None]:
+def raise_together(all_gather: Callable[[object], list]) -> Iterator[None]:
     """What is within may fail on some ranks of a replica: SharedError on all of them then, with the first rank's sentence."""
     problem = None
     try:
         yield
     except (UsageError, WeightsError) as error:
         problem = str(error)
-    for sentence in gather(problem):
+    for sentence in all_gather(problem):
         if sentence is not None:
             raise SharedError(sentence)

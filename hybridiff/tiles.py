@@ -78,12 +78,12 @@ def ramp(span: tuple[int, int, int, int], size: int, overlap: int, factor: int) 
 
 def decode_tiled(
     vae: Autoencoder, latents: Tensor, tile: tuple[int, int] = (96, 96), overlap: int = 18,
-    rank: int = 0, ranks: int = 1, gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor],
+    rank: int = 0, ranks: int = 1, all_gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor],
 ) -> Tensor:  # fmt: skip
     """Autoencoder.decode in tiles of at most `tile` latents (height, width): raw latents (B, C, h, w) -> images (B, 3, 8h, 8w).
 
     Neighbours share `overlap` latents; a pixel depends on some 12 latents on each side, mostly on the nearest six. Several ranks
-    can share the tiles: each gives its rank, and `gather`, which brings every rank's tensor to every rank.
+    can share the tiles: each gives its rank, and `all_gather`, which brings every rank's tensor to every rank.
     """
     decoder, factor = vae.decoder, vae.config.factor
     h = decoder.conv_in(vae.post_quant_conv(latents) if vae.config.quant_convs else latents)
@@ -104,7 +104,7 @@ def decode_tiled(
             )
             share = (y[2] - y[1]) * (x[2] - x[1]) / (height * width)
             statistics += share * measure(norm, state[-1].to(h.device)[:, :, rows, columns])
-        statistics = sum(gather(statistics.cpu()), torch.zeros(())).to(h.device)
+        statistics = sum(all_gather(statistics.cpu()), torch.zeros(())).to(h.device)
         for i, state in enumerate(states):
             moved = [tensor.to(h.device) for tensor in state]
             normed = apply(norm, moved[-1], statistics)
@@ -117,4 +117,4 @@ def decode_tiled(
         image[:, :, rows, columns] += part.cpu() * weight
         total[rows, columns] += weight
     nothing = torch.zeros(())
-    return (sum(gather(image), nothing) / sum(gather(total), nothing)).to(h.device)
+    return (sum(all_gather(image), nothing) / sum(all_gather(total), nothing)).to(h.device)

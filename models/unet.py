@@ -311,7 +311,7 @@ class UNet(nn.Module):
         """
         n = self.config.input_blocks
 
-        def rings(row: Sequence[float]) -> list[float]:
+        def paired(row: Sequence[float]) -> list[float]:
             """Each input block with the output block that mirrors it, the last one with the middle too."""
             return [row[i] + row[2 * n - i] + (row[n] if i == n - 1 else 0) for i in range(n)]
 
@@ -320,7 +320,7 @@ class UNet(nn.Module):
         if ranks == 2 and times is None:
             depths: tuple[int, ...] = (n - self.config.blocks,)
         else:
-            depths = best_cuts([rings(row) for row in reversed(times or [self.unit_sizes()] * ranks)])
+            depths = best_cuts([paired(row) for row in reversed(times or [self.unit_sizes()] * ranks)])
         spans = spans_between((*depths, *(self.units - depth for depth in reversed(depths))), self.units)
         return Split(spans, tuple(ranks - 1 - min(j, len(spans) - 1 - j) for j in range(len(spans))))
 

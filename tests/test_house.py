@@ -37,6 +37,11 @@ PRIVATE = {
     "Hand",
     "agree",
     "sniff",
+    "said",
+    "team",
+    "lane",
+    "rings",
+    "gather",
 }
 
 

@@ -156,24 +156,24 @@ def refuse_too_large(
     request: Request,
     device: torch.device,
     ranks: int,
-    team: int,
+    replica_size: int,
     kept: bool,
     sharing: int = 1,
 ) -> None:
     """UsageError, with the figures and what would help, where a phase plainly needs more memory than is free.
 
-    `ranks`: on this machine; `sharing`: of these, on this rank's GPU. `team`: ranks that make a picture together. `kept`: more pictures follow, which all teams make, and for which the networks stay loaded.
+    `ranks`: on this machine; `sharing`: of these, on this rank's GPU. `replica_size`: ranks that make a picture together. `kept`: more pictures follow, which all replicas make, and for which the networks stay loaded.
     """
     cuda = device.type == "cuda"
     if not kept:
-        ranks = min(ranks, team)
+        ranks = min(ranks, replica_size)
     sharing = min(sharing, ranks) if cuda else 1
     if (
         not checkpoint.part("denoiser").module.shardable
         and request.strategy != "one-branch"
         and not request.balance
     ):
-        ranks = max(1, ranks * min(team, 2) // team)  # spare ranks hold little or nothing
+        ranks = max(1, ranks * min(replica_size, 2) // replica_size)  # spare ranks hold little or nothing
         sharing = min(sharing, ranks)
     host = free_host()
     if host is None:

@@ -34,7 +34,7 @@ def svg(height: int, title: str, *pieces: str) -> str:
     )
 
 
-def runs_of(stages: Sequence[Stage]) -> list[tuple[Stage, int, int]]:
+def stretches(stages: Sequence[Stage]) -> list[tuple[Stage, int, int]]:
     """(stage, first step, last step) of each stage, in order."""
     spans: list[tuple[Stage, int, int]] = []
     for step, stage in enumerate(stages):
@@ -57,7 +57,7 @@ def shades(stages: Sequence[Stage], height: int) -> list[str]:
             height=height,
             cls=f"shade {stage}",
         )
-        for stage, a, b in runs_of(stages)
+        for stage, a, b in stretches(stages)
     ]
 
 
@@ -146,8 +146,8 @@ def slope_chart(
                 if decided
                 else {"r": 2.5, "cls": "dot" if bottom <= fall <= top else "dot off"}
             )
-            said = tag("title", f"step {step}: {fall:.6f}")
-            pieces.append(tag("circle", said, cx=percent((step + 0.5) / steps), cy=down(fall), **mark))
+            title = tag("title", f"step {step}: {fall:.6f}")
+            pieces.append(tag("circle", title, cx=percent((step + 0.5) / steps), cy=down(fall), **mark))
     return svg(height + 20, "Average fall of the discrepancy a step", *pieces, *step_axis(steps, height + 15))
 
 
@@ -163,7 +163,7 @@ def timeline_chart(bars: Sequence[Bar], ranks: int, stages: Sequence[Stage]) -> 
 
     starts = {step: min(bar.start for bar in bars if bar.step == step) for step in {bar.step for bar in bars}}
     pieces = []
-    for stage, a, b in runs_of(stages):
+    for stage, a, b in stretches(stages):
         inside = [step for step in starts if a <= step <= b]
         if inside:
             left, right = starts[min(inside)], starts.get(max(inside) + 1, end)
@@ -182,12 +182,12 @@ def timeline_chart(bars: Sequence[Bar], ranks: int, stages: Sequence[Stage]) -> 
         pieces.append(tag("text", f"rank {rank}", x=4, y=y - 6))
         for bar in bars:
             if bar.rank == rank and bar.end > bar.start:
-                said = tag(
+                title = tag(
                     "title", f"step {bar.step}: {escape(bar.label)}, {1000 * (bar.end - bar.start):.2f} ms"
                 )
                 share = percent((bar.end - bar.start) / length)
                 pieces.append(
-                    tag("rect", said, x=along(bar.start), y=y, width=share, height=row, cls=bar.what)
+                    tag("rect", title, x=along(bar.start), y=y, width=share, height=row, cls=bar.what)
                 )
     ticks = [
         tag("text", f"{begin + length * f:.2f} s", x=percent(f), y=height + 15, text_anchor=a)

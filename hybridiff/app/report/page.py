@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridiff.app.explain import detail
 from hybridiff.app.files import write_whole
-from hybridiff.app.report.charts import discrepancy_chart, runs_of, slope_chart, timeline_chart
+from hybridiff.app.report.charts import discrepancy_chart, slope_chart, stretches, timeline_chart
 from hybridiff.app.report.record import in_use
 from hybridiff.pipeline import Result
 from hybridiff.request import Request
@@ -94,7 +94,7 @@ def stages(report: dict) -> list[dict]:
             "seconds": sum(step["seconds"] for step in report["steps"][first : last + 1]),
             "words": words.get(stage) or MIDDLE_WORDS[report["settings"]["strategy"]],
         }
-        for stage, first, last in runs_of([step["stage"] for step in report["steps"]])
+        for stage, first, last in stretches([step["stage"] for step in report["steps"]])
     ]
 
 
@@ -142,7 +142,7 @@ def curve(report: dict, request: Request, switch: Switch | None) -> dict | None:
         return None
     measured = any(fall is not None for fall in falls)  # there were steps enough to look back over
     return {
-        "stages": [(stage, stage) for stage, _, _ in runs_of(names)],
+        "stages": [(stage, stage) for stage, _, _ in stretches(names)],
         "chart": discrepancy_chart(values, names, request.rule, switch),
         "why": why(switch, report["settings"]),
         "slopes": slope_chart(falls, names, request.rule, switch) if measured else None,
@@ -160,7 +160,7 @@ def timeline(report: dict, result: Result) -> dict:
     by_stage = [
         [f"rank {rank}, {stage}", *(f"{sum(step[kind] for step in steps[a : b + 1]):.3f}" for kind in KINDS)]
         for rank, steps in enumerate(ranks)
-        for stage, a, b in runs_of(names)
+        for stage, a, b in stretches(names)
     ]
     by_step = [
         [f"{i}, rank {rank}", *(f"{1000 * steps[i][kind]:.2f}" for kind in KINDS)]
