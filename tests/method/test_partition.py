@@ -212,8 +212,9 @@ def test_balance_on_four_ranks(tmp_path):
     ran = torchrun(*options, "--out", str(tmp_path / "p.png"), "--report", str(tmp_path / "r"), ranks=4)
     assert ran.returncode == 0, ran.stderr
     use = json.loads((tmp_path / "r" / "report.json").read_text())["use"]
-    assert f"cut at {use['cuts']} after timing" in ran.stdout and len(use["cuts"]) == 3
-    assert [len(times) for times in use["seconds_of_units"]] == [9] * 4
+    spans = ", ".join(f"{start}-{stop - 1}" for start, stop in use["cuts"])
+    assert f"spans of units {spans}, after timing" in ran.stdout and len(use["cuts"]) == 7
+    assert [len(times) for times in use["seconds_of_units"]] == [19] * 4
     assert use["weights"][0] == use["weights"][2] > use["weights"][1] + use["weights"][3]
     assert "idle outside of the middle stage: ranks 1, 3" in ran.stdout
     few = torchrun(

@@ -92,7 +92,10 @@ def make_report(request: Request, result: Result, weights: str, ranks: int) -> d
 
 def in_use(use: dict) -> list[str]:
     """Lines on how the ranks were used, where it is not the usual way: cuts that were chosen, ranks that idled or hold less than others."""
-    lines = [f"cut at {use['cuts']} after timing every unit on each rank"] if use["seconds_of_units"] else []
+    spans = ", ".join(f"{start}-{stop - 1}" for start, stop in use["cuts"])
+    lines = (
+        [f"spans of units {spans}, after timing every unit on each rank"] if use["seconds_of_units"] else []
+    )
     if len(set(use["weights"])) > 1:
         lines.append(
             "denoiser's weights held, MB: "
