@@ -58,7 +58,8 @@ class Wait(AtMost):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         super().__exit__()
-        if isinstance(error, (RuntimeError, ValueError)):  # gloo's and NCCL's errors are RuntimeErrors
+        # gloo's and NCCL's errors are RuntimeErrors, those of the rendezvous ValueErrors
+        if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, UsageError):
             ranks = self.ranks
             who = f"rank {ranks.members[ranks.rank]} waited for {self.what}{ranks.where()}"
             raise PeerLost(f"{who}, but {cause(error, ranks.timeout)}.") from error

@@ -206,7 +206,7 @@ def test_the_ranks_choose_alike(places, wish, backend, wire, monkeypatch: pytest
         0,
         timedelta(seconds=5),
     )
-    rank.places, rank.watch_peers, rank.meet = places, lambda: None, lambda: None
+    rank.places, rank.watch_peers, rank.warm_up = places, lambda: None, lambda: None
     monkeypatch.setattr(
         hybridiff.distributed.transport.dist, "new_group", lambda *given, backend, **named: backend
     )
@@ -225,14 +225,14 @@ def test_who_shares_a_machine_and_a_gpu():
         found.append(rank.neighbours())
     assert found == [(3, 1), (3, 2), (2, 1), (3, 2), (2, 1)] and LocalTransport().neighbours() == (1, 1)
     rank.places = [at("box", gpu) for gpu in ("g0", "g1", "g0", "g1")]
-    assert rank.nccl_problem(2) is None  # teams of ranks 0 and 1, 2 and 3
+    assert rank.nccl_problem(2) is None  # replicas of ranks 0 and 1, 2 and 3
     assert rank.nccl_problem(4) == "2 ranks share one GPU (UUID g0), and NCCL needs one each"
     rank.places[3] = at("box", "g0")
     assert "2 ranks share one GPU" in rank.nccl_problem(2)
     assert this_place(CPU).machine == this_place(None).machine and this_place(CPU).gpu is None
 
 
-ENDED, SILENT = "but the other side has ended.", "but nothing came for 600 seconds (--timeout)."
+ENDED, SILENT = "but the other side has ended.", "but nothing came for 600 seconds (`timeout`)."
 FAILED = "but that failed: "
 ERRORS = {
     "[pair.cc:553] Connection closed by peer [10.0.0.2]:24809. This is typically caused by ...": ENDED,
@@ -244,7 +244,7 @@ ERRORS = {
     "wait timeout after 4000ms, keys: /0//cpu//0/1": SILENT,
     "Timed out after 5 seconds waiting for clients. 1/2 clients joined.": SILENT,
     "The client socket has timed out after 4000ms while trying to connect to (10.0.0.1, 44861).":
-        "but nothing came from (10.0.0.1, 44861) for 600 seconds (--timeout).",
+        "but nothing came from (10.0.0.1, 44861) for 600 seconds (`timeout`).",
     "CUDA out of memory. Tried to allocate 544.00 MiB": FAILED + "CUDA out of memory. Tried to allocate 544.00 MiB.",
     "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be":
         FAILED + "CUDA error: an illegal memory access was encountered.",

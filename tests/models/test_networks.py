@@ -173,7 +173,7 @@ class OneStep:
 
     timesteps = torch.tensor([737.3])
 
-    def start(self, noise: Tensor) -> Tensor:
+    def scale_noise(self, noise: Tensor) -> Tensor:
         return noise
 
     def scale_input(self, latents: Tensor, i: int) -> Tensor:
