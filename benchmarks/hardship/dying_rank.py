@@ -82,7 +82,7 @@ def arm(place: str, how: str, mark: Path) -> None:
     if place in ("decode", "save"):  # the ranks that do neither wait for rank 0 there
         before(
             hybridiff.distributed.transport.TorchTransport,
-            "gather",
+            "all_gather",
             lambda transport, *rest: transport.rank > 0 and transport.doing == place,
         )
 

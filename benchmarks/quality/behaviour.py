@@ -19,6 +19,7 @@ from benchmarks.quality.fidelity import EQUAL, Row, Studio, checkpoints_of, cond
 from hybridiff.app.report.page import psnr  # noqa: E402
 from hybridiff.presets import paper_rule  # noqa: E402
 from hybridiff.switching import find_switch  # noqa: E402
+from models import family_of  # noqa: E402
 from weights.demo.checker import compare, shares  # noqa: E402
 
 FEWER = (35, 28, 20, 14, 10, 7, 5)
@@ -39,7 +40,7 @@ def observe(studio: Studio, steps: int) -> dict:
         return [image for image, _ in made], [history for _, history in made], shares(seen)["everything"]
 
     reference, curves, right = make(steps)
-    rule = paper_rule(family, steps)
+    rule = paper_rule(family_of(family).switch, steps)
     switches = [find_switch(curve, rule) for curve in curves]
     fewer = {steps: (None, right)}
     for count in (count for count in FEWER if count < steps):

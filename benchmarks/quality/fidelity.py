@@ -32,6 +32,7 @@ from hybridiff.samplers import make_sampler  # noqa: E402
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy  # noqa: E402
 from hybridiff.switching import SwitchRule  # noqa: E402
 from hybridiff.text import encode  # noqa: E402
+from models import family_of  # noqa: E402
 from models.tape import Span  # noqa: E402
 from weights.demo.checker import QUESTIONS, compare, percent, shares  # noqa: E402
 from weights.demo.scenes import sample  # noqa: E402
@@ -148,7 +149,13 @@ class Studio:
 
 def paper_row(family: str, steps: int, k: int) -> Row:
     """The paper's strategy with k steps, by its own rule; its cap lies earlier where the k steps would pass the last one."""
-    return Row(f"paper, k = {k}", "paper", steps, steps, with_interval(paper_rule(family, steps), steps, k))
+    return Row(
+        f"paper, k = {k}",
+        "paper",
+        steps,
+        steps,
+        with_interval(paper_rule(family_of(family).switch, steps), steps, k),
+    )
 
 
 def fewer(speed_up: float, steps: int) -> int:

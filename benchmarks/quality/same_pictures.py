@@ -49,7 +49,7 @@ def draw(rng: random.Random, strategy: str = "condition") -> tuple[str, Request]
     return family, Request(
         prompt=rng.choice(PROMPTS), negative_prompt=rng.choice([None, "", "blue"]), steps=steps, guidance=round(rng.uniform(1.1, 15), 2),
         height=8 * 2 * rng.randrange(1, 11), width=8 * 2 * rng.randrange(1, 11), seed=rng.randrange(2**63), sampler=rng.choice(list(SAMPLERS[family_of(family).prediction])),
-        strategy=strategy, rule=paper_rule(family, steps), dtype=torch.float32, reuse=usual_reuse(steps, 0.2), tiles=rng.random() < 0.2,
+        strategy=strategy, rule=paper_rule(family_of(family).switch, steps), dtype=torch.float32, reuse=usual_reuse(steps, 0.2), tiles=rng.random() < 0.2,
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def time_run(
 
 def time_diffusers(task: Task, transport: Transport, family: str, size: int, steps: int) -> dict:
     """The same of diffusers' own pipeline on one rank."""
-    from benchmarks import diffusers_loop
+    from benchmarks.timing import diffusers_loop
 
     return diffusers_loop.run(task, family, size, steps)
 
