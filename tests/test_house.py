@@ -127,6 +127,17 @@ def test_words_are_those_of_the_field(name: str):
     assert not PRIVATE & identifiers(TREES[name])
 
 
+def test_tests_stand_without_the_benchmarks():
+    """Those of the benchmarks themselves aside."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.parent.name != "benchmarks":
+            assert not {
+                name
+                for name in imports(ast.parse(path.read_text()))
+                if name and name.startswith("benchmarks")
+            }
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_files_can_be_read(name: str):
     assert len((ROOT / name).read_text().splitlines()) <= 450
