@@ -9,7 +9,7 @@ import torch
 from hybridiff.app.explain import draw, explain
 from hybridiff.cost import length, part_costs, plan_all, timeline, total_bytes
 from hybridiff.pipeline import Plan
-from hybridiff.schedule import Step, StepPlan, prediction
+from hybridiff.schedule import Attend, Project, Step, StepPlan, prediction
 from hybridiff.strategies import STRATEGIES, Reuse, Settings, Strategy
 from hybridiff.switching import SwitchRule
 from models.tape import Shard
@@ -61,7 +61,7 @@ def test_four_ranks_cost_what_the_arithmetic_says():
         costs = {span: 0.25 / owners.count(owner) for span, owner in zip(spans, owners)} | {(0, units): 1.0}
         halves = [
             (half, unit, Shard(i, 2))
-            for half in ("project", "attend")
+            for half in (Project, Attend)
             for unit in range(units)
             for i in (0, 1)
         ]
