@@ -53,7 +53,11 @@ def variants(folder: Path, text: bool) -> tuple[dict[str, Variant], list[Path]]:
             name = match["variant"] or match["older"] or match["first"] or ""
             found.setdefault(match["stem"], {}).setdefault(name, Variant()).index = file
     usual = TRANSFORMERS if text else DIFFUSERS
-    filled = [stem for stem, those in found.items() if any(variant.files() for variant in those.values())]
+    filled = [
+        stem
+        for stem, those in found.items()
+        if any(variant.files() or (variant.index and stem == usual) for variant in those.values())
+    ]
     stem = min(filled, key=lambda stem: (stem != usual, stem not in (DIFFUSERS, TRANSFORMERS)), default=None)
     others = [
         file for other in filled if other != stem for one in found[other].values() for file in one.files()
@@ -128,7 +132,7 @@ def folder_entries(folder: Path, text: bool) -> tuple[dict[str, Entry], list[str
         if problems:
             problem = str(problems[0]).rstrip(".")
             return entries, [f"{problem}; the variant {name or 'without a name'} beside it is taken."]
-        left = sorted({file for other in found.values() for file in other.files()} - set(files)) + others
+        left = sorted({*others, *(file for other in found.values() for file in other.files())} - set(files))
         if not left:
             return entries, []
         taken = f"{folder} holds several sets of weights: {listed(files)} is taken, {listed(left)} is not"

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import ExifTags, Image, PngImagePlugin, features
@@ -77,7 +78,8 @@ def write_whole(path: Path, write: Callable[[Path], object], overwrite: bool = T
     finally:
         if nameless is not None:
             os.close(nameless)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that has become read-only holds no part of it
+            temporary.unlink(missing_ok=True)
 
 
 def picture_format(path: Path) -> str:
@@ -184,6 +186,8 @@ def save_picture(
             if not numbered:
                 raise
             path = free_name(PICTURE)
+        except UsageError:
+            raise
         except ValueError as error:  # what the format cannot hold
             raise UsageError(
                 f"{path} could not be written as {known} ({error}): give a name that ends in .png."

@@ -60,10 +60,7 @@ def test_four_ranks_cost_what_the_arithmetic_says():
         units, spans, owners = strategy.partition.units, strategy.partition.spans, strategy.partition.owners
         costs = {span: 0.25 / owners.count(owner) for span, owner in zip(spans, owners)} | {(0, units): 1.0}
         halves = [
-            (half, unit, Shard(i, 2))
-            for half in (Project, Attend)
-            for unit in range(units)
-            for i in (0, 1)
+            (half, unit, Shard(i, 2)) for half in (Project, Attend) for unit in range(units) for i in (0, 1)
         ]
         costs |= dict.fromkeys(halves, share / units / 2)
         assert length(timeline(plan_all(strategy, settings), costs)) == pytest.approx(

@@ -116,6 +116,8 @@ def test_weights_under_other_names_are_said_or_refused(sdxl: dict, tmp_path: Pat
     )
     file.with_name("old.safetensors").unlink()
     assert open_checkpoint(str(folder)).remarks == []
+    file.with_name(file.name + ".index.json").write_text('{"weight_map": {"a": "missing.safetensors"}}')
+    assert "missing.safetensors" in sentence(folder)
 
 
 def test_the_index_of_a_variant_is_found_under_each_of_its_names(sdxl: dict, tmp_path: Path):
