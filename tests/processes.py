@@ -17,10 +17,12 @@ def call(monkeypatch, *options: str) -> int:
     return train_free_sample.main()
 
 
-def torchrun(*options: str, ranks: int = 2) -> subprocess.CompletedProcess:
+def torchrun(*options: str, ranks: int = 2, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """The script on ranks of its own."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*launch, str(SCRIPT), *options], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*launch, str(SCRIPT), *options], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
 
 
 def start(

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import in_words, machine, table  # noqa: E402
+from tests.processes import torchrun  # noqa: E402
 from tests.small import random_states, write_folder, write_single  # noqa: E402
 
 SCRIPT = ROOT / "train_free_sample.py"
@@ -82,18 +82,8 @@ def damaged(folder: Path) -> dict[str, Path]:
 def refuse(options: list[str], folder: Path) -> dict:
     """What torchrun says and how long it takes."""
     before = sorted(path.name for path in folder.iterdir())
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(SCRIPT),
-    ]
     start = time.monotonic()
-    ran = subprocess.run(
-        [*launch, *options, "--out", str(folder / "picture.png")], capture_output=True, text=True, timeout=300
-    )
+    ran = torchrun(*options, "--out", str(folder / "picture.png"))
     seconds = time.monotonic() - start
     said = [line for line in ran.stderr.splitlines() if line.startswith("train_free_sample.py: ")]
     codes = re.findall(r"exitcode  : (-?\d+)", ran.stderr)

@@ -12,17 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, JpegImagePlugin, features
 
-import train_free_sample
+from tests.processes import SCRIPT, call, torchrun
 
-SCRIPT = Path(train_free_sample.__file__)
 FEW = ["--steps", "1", "--seed", "7"]
 DESCRIPTION = 0x010E  # EXIF: ImageDescription
-
-
-def call(monkeypatch, *options: str) -> int:
-    """The script in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
-    return train_free_sample.main()
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
@@ -293,16 +286,7 @@ def test_a_failure_is_written_for_torchrun(tmp_path, monkeypatch, capsys):
 def test_torchruns_report_ends_with_our_sentence(tmp_path):
     """Of whichever rank torchrun notices first; `test_refused_on_every_rank` has refusals before any work."""
     (tmp_path / "prompts").write_text('a star\n{"prompt": "a ring", "height": 100}\n')
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(SCRIPT),
-    ]
-    given = ["--steps", "1", "--prompts", "prompts"]
-    ran = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    ran = torchrun("--steps", "1", "--prompts", "prompts", cwd=tmp_path)
     root = ran.stderr.partition("Root Cause")[2]
     assert ran.returncode != 0 and "  traceback : 1 pictures failed; pictures/manifest.jsonl says why" in root
     assert "To enable traceback" not in ran.stderr

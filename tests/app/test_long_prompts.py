@@ -1,17 +1,15 @@
 """Prompts that are longer than the text encoders read: the ids stay, and what is left out is said once."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import train_free_sample
 from tests.official import tensors, write_sparse
+from tests.processes import SCRIPT, torchrun
 from weights.load import open_checkpoint
 
-SCRIPT = Path(train_free_sample.__file__)
 HEAD = "a small green star above a large purple ring on a white background "  # 13 tokens in the demos
 LONG = HEAD + HEAD + "and a blue cross"  # of 30 tokens, demo-sdxl reads 22
 SMALL = ["--height=32", "--width=32"]
@@ -103,17 +101,9 @@ def test_two_ranks_say_every_cut_of_a_batch_once(tmp_path):
     """Pictures with the same cut share a line; what a prompts file says of its own counts."""
     lines = [HEAD, LONG, json.dumps({"prompt": HEAD, "negative_prompt": LONG}), f"\u2603\x07 {LONG}"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(SCRIPT),
-    ]
     options = ["--prompts", str(tmp_path / "prompts.txt"), "--images-per-prompt=4", "--steps=1", *SMALL]
     options += ["--out", str(tmp_path / "out")]
-    ran = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=300)
+    ran = torchrun(*options)
     assert ran.returncode == 0, ran.stderr
     said = cuts((ran.stdout + ran.stderr).splitlines())
     assert len(said) == 3, said
