@@ -21,7 +21,6 @@ import torch
 
 from hybridiff.app.console import (
     StepBar,
-    be_quiet,
     by_interrupt,
     end_of_work,
     end_on_interrupt,
@@ -215,7 +214,6 @@ def run(transport: Transport) -> int:
     order, problem = None, None
     try:
         order = prepare(transport)
-        be_quiet(order.args.quiet)
     except (UsageError, WeightsError) as error:
         problem = str(error)
     wish = order.wish if order else "pictures"

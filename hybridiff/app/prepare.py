@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import hybridiff
-from hybridiff.app.console import log
+from hybridiff.app.console import be_quiet, log
 from hybridiff.app.files import (
     PICTURE,
     PICTURES,
@@ -81,6 +81,7 @@ def prepare(transport: Transport) -> Order:
     device = None
     try:
         args = parse_arguments()
+        be_quiet(args.quiet)
         device = choose_device(args.device)
     finally:
         transport.locate(device)  # also where the options are refused: the other ranks wait for it
